@@ -1,0 +1,453 @@
+"""Pixels to the bytes of a file to tokens, and back: what the model reads and writes.
+
+An image is already a sequence of symbols: its file.  Han et al. 2024, JPEG-LM (arXiv:2408.08459), train a language model on
+just those bytes.  Three steps, each exactly undone by the one below it:
+
+    pixels (H, W, 3) uint8    a canonical codec: the same pixels always give the same file
+      symbols (n,) uint8      its bytes, without those that are the same in every file
+        tokens (m,) uint16    frequent pairs of bytes as one token, between a start and an end
+
+JPEG is ITU-T T.81; clause numbers below are its own.
+"""
+
+import argparse
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache, cached_property
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+import numpy as np
+import PIL
+from PIL import Image, features
+
+SOI, EOI, DHT = b"\xff\xd8", b"\xff\xd9", 0xC4  # start of image, end of image, Huffman tables (table B.1)
+
+
+class UserError(ValueError):
+    """What a user can cause and mend, in one sentence: cause, value, remedy."""
+
+
+class Codec(Protocol):
+    """What train.py and sample.py ask of a codec: a frozen dataclass whose fields are its settings, with these beside."""
+
+    vocab: int  # symbols are below this
+    suffix: str  # of the files it writes
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray: ...  # the same pixels, the same symbols
+    def decode(self, symbols: np.ndarray) -> np.ndarray: ...  # any symbols give pixels of the right size
+    def file(self, symbols: np.ndarray) -> bytes: ...  # the symbols as a file that any viewer opens
+    def check(self, symbols: np.ndarray) -> str | None: ...  # None for a whole valid file, else what is wrong where
+    def head(self, symbols: np.ndarray, keep: float) -> np.ndarray: ...  # the symbols of the top part of the picture
+
+
+# --- JPEG ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JPEG:
+    """Baseline JPEG without its tables, as in section 3.1 of the paper.
+
+    The quantization and Huffman tables are the same in every file of one quality, so they are left out and put back for the
+    viewer.  A restart marker after every minimum coded unit (MCU, 16x16 pixels at 4:2:0) resets the decoder: a wrong byte
+    spoils its MCU and no other.  With `header` the sequence is the file from SOI to EOI, as in the paper; without, only the
+    entropy-coded data between the constant header and EOI.
+    """
+
+    size: int = 64  # pixels, both ways
+    quality: int = 25  # of libjpeg, 1 to 100
+    subsampling: str = "4:2:0"  # of the colours: 4:2:0 halves them both ways, 4:4:4 keeps them
+    restart: int = 1  # MCUs from one restart marker to the next; 0: no markers
+    header: bool = False  # keep the constant header, SOI and EOI in the sequence
+
+    vocab = 256
+    suffix = ".jpg"
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.size <= 1024:
+            raise UserError(f"size is {self.size}: choose 16 to 1024 pixels")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"quality is {self.quality}: choose 1 to 100")
+        if self.subsampling not in BLOCKS:
+            raise UserError(f"subsampling is {self.subsampling!r}: choose one of {', '.join(BLOCKS)}")
+        if not 0 <= self.restart <= 65535:
+            raise UserError(f"restart is {self.restart}: choose 0 (no markers) to 65535 MCUs")
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (size, size, 3) uint8 to symbols (n,) uint8."""
+        assert pixels.shape == (self.size, self.size, 3) and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
+        data = self._write(pixels, streamtype=2)
+        return np.frombuffer(data if self.header else data[len(self.frame) : -len(EOI)], np.uint8)
+
+    def decode(self, symbols: np.ndarray) -> np.ndarray:
+        """Any symbols to pixels (size, size, 3) uint8; what cannot be read is grey, what is too much is left out."""
+        scan = re.sub(rb"\xff+[^\x00\xd0-\xd7\xff]", b"", self._scan(symbols))  # libjpeg obeys other markers, or gives up
+        with Image.open(io.BytesIO(self._whole(scan))) as image:
+            return np.asarray(image.convert("RGB"))
+
+    def file(self, symbols: np.ndarray) -> bytes:
+        """The symbols as they are, with the tables and what else was left out put back: a file that any viewer opens."""
+        return self._whole(self._scan(symbols))
+
+    def check(self, symbols: np.ndarray) -> str | None:
+        """None for a whole valid file, else a sentence saying what is wrong where.
+
+        Valid is what T.81 allows: every code is in the Huffman tables, no block has more than 64 coefficients, every FF is
+        stuffed (F.1.2.3), bytes are filled up with ones, restart markers count modulo 8 (E.1.4), and there are exactly the
+        MCUs that the frame needs.  Offsets count the bytes of the sequence.
+        """
+        data, at = bytes(symbols), 0
+        if self.header:
+            at = len(self.frame)
+            if data[:at] != self.frame:
+                wrong = next((i for i, (a, b) in enumerate(zip(data, self.frame, strict=False)) if a != b), len(data))
+                return f"byte {wrong}: not the header of a {self.size}x{self.size} {self.subsampling} file"
+        steps, end, place = scan_automaton(self.subsampling)
+        last = self.restart or self.mcus
+        for first in range(0, self.mcus, last):
+            mcu, until, state = first, min(first + last, self.mcus), 0
+            if first:
+                marker = bytes([0xFF, 0xD0 + (first // last - 1) % 8])
+                if data[at : at + 2] != marker:
+                    return f"byte {at}: {data[at : at + 2].hex() or 'the end'} where restart marker {marker.hex()} is due"
+                at += 2
+            while mcu < until:
+                if at == len(data):
+                    return f"byte {at}: the data end in MCU {mcu} of {self.mcus}"
+                byte = data[at]
+                for shift in range(7, -1, -1):
+                    if mcu == until:
+                        if not byte >> shift & 1:
+                            return f"byte {at}: MCU {mcu - 1} is not filled up with ones"
+                        continue
+                    following = steps[2 * state + (byte >> shift & 1)]
+                    if following < 0:
+                        return f"byte {at}: no such code in MCU {mcu}, {place(state)}"
+                    state = following
+                    if state == end:
+                        mcu, state = mcu + 1, 0
+                at += 1
+                if byte == 0xFF:
+                    if data[at : at + 1] != b"\0":
+                        return f"byte {at}: marker ff{data[at : at + 1].hex()} inside MCU {mcu}"
+                    at += 1
+        rest = data[at:]
+        if rest != (EOI if self.header else b""):
+            return f"byte {at}: {rest[:2].hex() or 'nothing'} after the last MCU"
+        return None
+
+    def head(self, symbols: np.ndarray, keep: float) -> np.ndarray:
+        """The symbols of the top `keep` of the picture, in whole rows of MCUs, up to and with the restart marker after them."""
+        rows = round(keep * self.rows)
+        if self.restart != 1:
+            raise UserError(f"restart is {self.restart}: only a restart marker after every MCU tells where a row ends")
+        if not 0 <= rows < self.rows:
+            raise UserError(f"keep is {keep}: choose from 0 to below 1, in steps of 1/{self.rows} (rows of MCUs)")
+        data, start = bytes(symbols), len(self.frame) if self.header else 0
+        markers = [match.end() for match in re.finditer(rb"\xff[\xd0-\xd7]", data[start:])]
+        return symbols[: start + markers[rows * self.rows - 1]] if rows else symbols[:start]
+
+    @property
+    def rows(self) -> int:
+        """Rows of MCUs, and MCUs in a row."""
+        return -(-self.size // (8 * BLOCKS[self.subsampling].scale))
+
+    @property
+    def mcus(self) -> int:
+        return self.rows**2
+
+    @cached_property
+    def tables(self) -> bytes:
+        """The segments that `streamtype=1` writes (DQT, DHT), which are left out of the sequence (B.5, abbreviated format)."""
+        return self._write(np.zeros((self.size, self.size, 3), np.uint8), streamtype=1)[len(SOI) : -len(EOI)]
+
+    @cached_property
+    def frame(self) -> bytes:
+        """The constant beginning of every file of these settings: SOI, APP0, SOF0, DRI, SOS."""
+        data = self._write(np.zeros((self.size, self.size, 3), np.uint8), streamtype=2)
+        scan = data.index(b"\xff\xda")
+        return data[: scan + 2 + int.from_bytes(data[scan + 2 : scan + 4])]
+
+    def _scan(self, symbols: np.ndarray) -> bytes:
+        data = bytes(np.asarray(symbols, np.uint8))
+        return data[len(self.frame) :].removesuffix(EOI) if self.header else data
+
+    def _whole(self, scan: bytes) -> bytes:
+        return SOI + self.tables + self.frame[len(SOI) :] + scan + EOI
+
+    def _write(self, pixels: np.ndarray, streamtype: int) -> bytes:
+        out = io.BytesIO()
+        markers = {"restart_marker_blocks": self.restart} if self.restart else {}
+        settings = {"quality": self.quality, "subsampling": self.subsampling, "streamtype": streamtype}
+        Image.fromarray(pixels).save(out, "JPEG", **settings, **markers)
+        return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The 8x8 blocks of an MCU: `luma` of Y, then one each of Cb and Cr (A.2.3); `scale` blocks wide and high."""
+
+    luma: int
+    scale: int
+
+
+BLOCKS = {"4:2:0": Blocks(luma=4, scale=2), "4:4:4": Blocks(luma=1, scale=1)}
+
+
+@cache
+def huffman_trees() -> dict[tuple[int, int], list[list[int | None]]]:
+    """The Huffman trees of the DHT segments that the encoder writes (B.2.4.2), by (class, identifier): DC 0 or AC 1, luma 0 or chroma 1.
+
+    A tree is a list of nodes; a node's two entries, one per bit, are the next node's index, -1 - value at a leaf, or None.
+    """
+    tables, at, trees = JPEG().tables, 0, {}
+    while at < len(tables):
+        marker, length = tables[at + 1], int.from_bytes(tables[at + 2 : at + 4])
+        segment, at = tables[at + 4 : at + 2 + length], at + 2 + length
+        while marker == DHT and segment:
+            key, counts = (segment[0] >> 4, segment[0] & 15), segment[1:17]
+            values, segment = segment[17 : 17 + sum(counts)], segment[17 + sum(counts) :]
+            nodes, code, value = [[None, None]], 0, iter(values)
+            for length_of_code, count in enumerate(counts, 1):  # codes of one length count upwards (C.2)
+                for _ in range(count):
+                    node = 0
+                    for shift in range(length_of_code - 1, 0, -1):
+                        bit = code >> shift & 1
+                        if nodes[node][bit] is None:
+                            nodes[node][bit] = len(nodes)
+                            nodes.append([None, None])
+                        node = nodes[node][bit]
+                    nodes[node][code & 1] = -1 - next(value)
+                    code += 1
+                code <<= 1
+            trees[key] = nodes
+    return trees
+
+
+@cache
+def scan_automaton(subsampling: str):
+    """What may follow, bit by bit, inside an MCU: (steps, end, place).
+
+    A state is (block of the MCU, index of the coefficient in zigzag order, node of the Huffman tree or extra bits left), which
+    is all that the reader of a baseline scan remembers (F.2.2).  `steps[2 * state + bit]` is the next state: `end` after the
+    last bit of the MCU, -1 where the bit is not allowed.  State 0 begins an MCU; `place(state)` says where a state is.
+    """
+    trees, luma = huffman_trees(), BLOCKS[subsampling].luma
+    nodes = max(map(len, trees.values()))
+    width = nodes + 11  # then 1 to 11 extra bits left
+    end = (luma + 2) * 65 * width
+    steps = [-1] * (2 * end)
+
+    def reach(block: int, coefficient: int, extra: int) -> int:
+        if extra:
+            return (block * 65 + coefficient) * width + nodes + extra - 1
+        return (block * 65 + coefficient) * width if coefficient < 64 else (block + 1) * 65 * width
+
+    for block in range(luma + 2):
+        for coefficient in range(65):
+            state = (block * 65 + coefficient) * width
+            for extra in range(1, 12):
+                at = 2 * (state + nodes + extra - 1)
+                steps[at : at + 2] = [reach(block, coefficient, extra - 1)] * 2
+            for node, bits in enumerate(trees[coefficient > 0, block >= luma] if coefficient < 64 else []):
+                for bit, child in enumerate(bits):
+                    if child is None:
+                        continue
+                    if child >= 0:
+                        following = state + child
+                    else:
+                        run, extra = divmod(-1 - child, 16)  # zeros before the coefficient, bits of its value (F.1.2.2.1)
+                        after = coefficient + run + 1
+                        if coefficient and (run, extra) == (0, 0):
+                            after = 64  # end of block
+                        fits = after < 64 or after == 64 and (run, extra) != (15, 0)  # a run of 16 zeros is followed by more
+                        following = reach(block, after, extra) if fits else -1
+                    steps[2 * (state + node) + bit] = following
+
+    def place(state: int) -> str:
+        block, coefficient = divmod(state // width, 65)
+        return f"block {block}, coefficient {coefficient}"
+
+    return steps, end, place
+
+
+# --- byte pairs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Symbols as the model reads them: below `codec.vocab` a token is a symbol, then come the learned pairs, start and end.
+
+    Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909): merge i replaces every two neighbours `merges[i]`, from left to
+    right, by token `codec.vocab + i`, merges in the order in which they were learned.
+    """
+
+    codec: Codec
+    merges: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def start(self) -> int:
+        return self.codec.vocab + len(self.merges)
+
+    @property
+    def end(self) -> int:
+        return self.start + 1
+
+    @property
+    def vocab(self) -> int:
+        return self.start + 2
+
+    def encode(self, documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Documents of symbols to one stream (n,) uint16 of start, tokens, end, start, ... and the length of each.
+
+        The stream is turned into a string with a character for each token, for then a merge is a search and replace at the speed
+        of C, over many documents at once (split and join is a third faster than `str.replace`).  No merge reaches across
+        documents, since none holds a start or an end.
+        """
+        start, end = np.array([self.start], np.uint16), np.array([self.end], np.uint16)
+        text = to_text(np.concatenate([part for document in documents for part in (start, document, end)]).astype(np.uint16))
+        for token, (left, right) in enumerate(self.merges, self.codec.vocab):
+            text = chr(token).join(text.split(chr(left) + chr(right)))
+        stream = from_text(text)
+        return stream, np.diff(np.flatnonzero(stream == self.start), append=len(stream))
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """The symbols of one document's tokens, up to its end if it has one."""
+        ends = np.flatnonzero(tokens == self.end)
+        known = [self.expansions[token] for token in tokens[: ends[0] if len(ends) else None].tolist() if token < self.start]
+        return np.concatenate([np.empty(0, self.dtype), *known])
+
+    @property
+    def dtype(self) -> type:
+        return np.uint8 if self.codec.vocab <= 256 else np.uint16
+
+    @cached_property
+    def expansions(self) -> list[np.ndarray]:
+        """The symbols that each token stands for."""
+        table = [np.array([symbol], self.dtype) for symbol in range(self.codec.vocab)]
+        for left, right in self.merges:
+            table.append(np.concatenate([table[left], table[right]]))
+        return table
+
+
+def learn_pairs(codec: Codec, documents: Sequence[np.ndarray], vocab: int) -> Tokens:
+    """Merge the most frequent pair of neighbours (the smallest of equals) until there are `vocab` tokens or no pair is left."""
+    if not codec.vocab + 2 <= vocab <= 0xD800:  # above are the characters that a string cannot hold
+        raise UserError(f"vocab is {vocab}: choose {codec.vocab + 2} (no pairs) to {0xD800:,}")
+    text, merges = to_text(Tokens(codec).encode(documents)[0]), []
+    start, end = chr(codec.vocab), chr(codec.vocab + 1)
+    text = text.replace(start, "").replace(end, chr(vocab - 1))  # only one mark between documents, above all tokens to be
+    for token in range(codec.vocab, vocab - 2):
+        stream = from_text(text).astype(np.int64)
+        counts = np.bincount(stream[:-1] * vocab + stream[1:], minlength=vocab * vocab).reshape(vocab, vocab)[:-1, :-1]
+        left, right = divmod(int(counts.argmax()), vocab - 1)
+        if counts[left, right] < 2:
+            break
+        merges.append((left, right))
+        text = text.replace(chr(left) + chr(right), chr(token))
+    return Tokens(codec, tuple(merges))
+
+
+def to_text(tokens: np.ndarray) -> str:
+    return tokens.astype("<u2").tobytes().decode("utf-16-le")
+
+
+def from_text(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-16-le"), "<u2").astype(np.uint16)
+
+
+# --- codec.json: settings are typed once, in data.prepare, and travel with the data and the model ---------------------------
+
+CODECS = {"jpeg": JPEG}
+
+
+def fingerprint(codec: Codec) -> str:
+    """A hash of what this machine's encoder makes of a fixed picture, for versions of libjpeg may differ in their bytes."""
+    y, x = np.mgrid[: codec.size, : codec.size]
+    picture = np.stack([x * y % 251, (x + y) ** 2 % 241, (x // 8 + y // 8) % 2 * 200], -1).astype(np.uint8)
+    return hashlib.sha256(codec.encode(picture).tobytes()).hexdigest()[:16]
+
+
+def encoder() -> str:
+    return f"Pillow {PIL.__version__} with libjpeg-turbo {features.version('libjpeg_turbo') or features.version('jpg')}"
+
+
+def save_tokens(folder: Path, tokens: Tokens) -> None:
+    """Write codec.json: the codec and its settings, the byte pairs, and which encoder made them."""
+    name = next(name for name, kind in CODECS.items() if isinstance(tokens.codec, kind))
+    settings = {"codec": name, **asdict(tokens.codec), "encoder": encoder(), "fingerprint": fingerprint(tokens.codec)}
+    Path(folder, "codec.json").write_text(json.dumps({**settings, "merges": tokens.merges}) + "\n")
+
+
+def load_tokens(folder: Path) -> Tokens:
+    """Read codec.json.  Errors: UserError."""
+    path = Path(folder, "codec.json")
+    if not path.exists():
+        raise UserError(f"{folder} holds no codec.json: run `python -m data.prepare IMAGES {folder}` first")
+    try:
+        settings = json.loads(path.read_text())
+        codec = CODECS[settings.pop("codec")]
+        merges = tuple((left, right) for left, right in settings.pop("merges"))
+        fields = {name: settings[name] for name in codec.__dataclass_fields__}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a codec.json of this version: {error!r}") from None
+    return Tokens(codec(**fields), merges)
+
+
+def foreign_encoder(folder: Path, codec: Codec) -> str | None:
+    """None if this machine encodes as the one that wrote codec.json, else a sentence that names both."""
+    settings = json.loads(Path(folder, "codec.json").read_text())
+    if settings["fingerprint"] == fingerprint(codec):
+        return None
+    return f"{folder} was encoded by {settings['encoder']}, but {encoder()} here writes other bytes for the same pixels"
+
+
+# --- command lines ----------------------------------------------------------------------------------------------------------
+
+
+class Flags(argparse.ArgumentParser):
+    """A parser whose flags are the fields of dataclasses, with the comment behind each field as its help."""
+
+    def __init__(self, description: str):
+        super().__init__(allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add_fields(self, kind: type) -> None:
+        source = "".join(inspect.getsource(base) for base in reversed(kind.__mro__) if base is not object)
+        comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", source, re.MULTILINE))
+        for field in fields(kind):
+            action = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+            text = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
+            self.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **action)
+
+    def parse(self, arguments: list[str] | None) -> argparse.Namespace:
+        flags, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, 0)
+            self.error(f"unknown argument {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
+        return flags
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def differences(before: dict, now: dict) -> str:
+    """The settings in which two dictionaries differ, as `name: old, now new`; empty if they are equal."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name}: {before.get(name)}, now {now.get(name)}" for name in changed)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command; what a user can mend, a full disk included, ends in one sentence and exit code 2."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,305 @@
+"""A folder tree of images to a data folder of tokens.
+
+    python -m data.prepare photos data/photos                                # 64x64, quality 25, 320 tokens
+    python -m data.prepare photos data/photos --size 256 --header            # the sequences of the paper
+    python -m data.prepare shards data/shards                                # .tar shards of images (the WebDataset layout)
+
+Every file is tried, whatever its name: turned upright, made RGB, the largest centre square resized with antialias.  What cannot
+be used is skipped, counted by reason in report.json and named in skipped.txt.  The result depends on the files alone, not on the
+number of workers; the same command continues an interrupted preparation.  data/README.md describes what is written.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, fields
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from codec import CODECS, Codec, Flags, Tokens, UserError, differences, encoder, fingerprint, learn_pairs, run, save_tokens
+
+FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD SGI TGA TIFF WEBP".split()  # EPS would start a program
+LARGEST_FILE = 256 << 20  # bytes
+PART = 8192  # files: what an interruption loses at most
+TASK = 64  # files that a worker takes at once
+SAMPLE = 10_000  # documents that byte pairs are learned on (section 3.2 of the paper) ...
+SAMPLE_SYMBOLS = 16_000_000  # ... if they are no larger than this together
+
+
+# --- one file to pixels ---------------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """One file to try: where its bytes lie, and the name to report it by."""
+
+    path: str
+    offset: int
+    length: int  # bytes; -1: to the end of the file
+    name: str
+
+
+class Unusable(Exception):
+    """A file that cannot become a training image; the message is the reason under which it is counted."""
+
+
+def walk(folder: Path, name: str = "") -> Iterator[Item]:
+    """Every file below a folder and every member of its .tar files, in the order of their names."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = f"{name}{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk(Path(entry.path), path + "/")
+        elif entry.name.endswith(".tar"):
+            yield from members(entry.path, path)
+        else:
+            yield Item(entry.path, 0, -1, path)
+
+
+def members(tar: str, name: str) -> Iterator[Item]:
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                archive.members = []  # tarfile remembers them all otherwise
+                if member.isfile():
+                    yield Item(tar, member.offset_data, member.size, f"{name}/{member.name}")
+    except (tarfile.TarError, OSError):
+        yield Item(tar, -1, -1, name)  # what was before the damage is used, the archive is named
+
+
+def read_file(item: Item) -> bytes:
+    if item.offset < 0:
+        raise Unusable("damaged .tar")
+    try:
+        with open(item.path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size if item.length < 0 else item.length
+            if length > LARGEST_FILE:
+                raise Unusable(f"file of more than {LARGEST_FILE >> 20} MiB")
+            file.seek(item.offset)
+            return file.read(length)
+    except OSError:
+        raise Unusable("unreadable") from None
+
+
+def read_square(data: bytes, size: int) -> np.ndarray:
+    """The bytes of an image file to its largest centre square, (size, size, 3) uint8.  Errors: Unusable, with the reason."""
+    if not data:
+        raise Unusable("empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # size is checked here, and the rest is about metadata
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # read from the header: nothing is decoded yet
+                    raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS // 10**6} megapixels")
+                if min(image.size) < size:
+                    raise Unusable(f"smaller than {size} pixels")
+                image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8, never below twice the size
+                image = to_rgb(ImageOps.exif_transpose(image))
+    except Unusable:
+        raise
+    except UnidentifiedImageError:
+        raise Unusable("not an image") from None
+    except Image.DecompressionBombError:  # Pillow's own limit, twice ours, strikes while it opens
+        raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
+    except Exception:  # a damaged file makes Pillow's plugins raise whatever they like
+        raise Unusable("truncated or damaged") from None
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.asarray(square)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow to RGB: 16 bits are scaled to 8, what is transparent is laid on white, as viewers show it."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise Unusable("pixels of unknown range (32 bits)")
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "LAB"):
+        raise Unusable(f"pixels of unknown range (mode {image.mode})")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def encode_items(codec: Codec, items: list[Item]) -> tuple[list[np.ndarray], list[str]]:
+    """What a worker does: the symbols of the files that can be used, and a line of reason and name for each that cannot."""
+    documents, skipped = [], []
+    for item in items:
+        try:
+            documents.append(codec.encode(read_square(read_file(item), codec.size)))
+        except Unusable as reason:
+            skipped.append(f"{reason}\t{item.name}\n")
+    return documents, skipped
+
+
+# --- all files to tokens ----------------------------------------------------------------------------------------------------
+
+
+def in_order(pool: ProcessPoolExecutor, function: Callable, tasks: Iterable[tuple], ahead: int) -> Iterator:
+    """The results of `function(*task)`, computed in the pool, in the order of the tasks; never more than `ahead` wait in memory."""
+    waiting = deque()
+    for task in tasks:
+        waiting.append(pool.submit(function, *task))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def chunks(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+def encode_part(path: Path, codec: Codec, items: list[Item], pool: ProcessPoolExecutor, workers: int, bar: tqdm) -> None:
+    """Write the symbols of some files, the length of each document and, last, the names of those skipped."""
+    lengths, skipped = [], []
+    with open(path.with_suffix(".symbols"), "wb") as file:
+        for documents, lines in in_order(pool, encode_items, ((codec, task) for task in chunks(items, TASK)), 4 * workers):
+            lengths += map(len, documents)
+            skipped += lines
+            file.writelines(document.tobytes() for document in documents)
+            bar.update(len(documents) + len(lines))
+    np.save(path.with_suffix(".lengths.npy"), np.array(lengths, np.uint32))
+    temporary = path.with_suffix(".part")
+    temporary.write_text("".join(skipped), encoding="utf-8", errors="surrogateescape")
+    os.replace(temporary, path.with_suffix(".skipped"))  # the part is whole when this is there
+
+
+def read_documents(path: Path, dtype: type, which: slice = slice(None)) -> list[np.ndarray]:
+    lengths = np.load(path.with_suffix(".lengths.npy"))
+    if not len(lengths):
+        return []
+    symbols, ends = np.memmap(path.with_suffix(".symbols"), dtype, "r"), np.cumsum(lengths, dtype=np.int64)
+    return [np.array(symbols[end - length : end]) for end, length in zip(ends[which], lengths[which], strict=True)]
+
+
+def tokenize(path: Path, tokens: Tokens, first: int, validation: float) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+    """What a worker makes of a part that begins with document `first`: {split: (stream, lengths, symbols)}."""
+    documents, splits = read_documents(path, tokens.dtype), {}
+    for split in ("train", "val"):
+        # every (1 / validation)-th document validates: exact in number, and fair to every folder
+        chosen = [d for i, d in enumerate(documents, first) if (int((i + 1) * validation) > int(i * validation)) == (split == "val")]
+        pieces = [tokens.encode(piece) for piece in chunks(chosen, TASK)]
+        if pieces:
+            splits[split] = (*map(np.concatenate, zip(*pieces, strict=True)), sum(map(len, chosen)))
+    return splits
+
+
+def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float, workers: int) -> None:
+    """Write OUT from SOURCE.  Errors: UserError for what the user can mend; OSError, after which the same call continues."""
+    listing, files = hashlib.sha256(), 0
+    for item in walk(source):
+        listing.update(f"{item.name}\0{item.length}\n".encode(errors="surrogateescape"))
+        files += 1
+    kind = next(name for name, kind in CODECS.items() if isinstance(codec, kind))
+    settings = {"codec": kind, **asdict(codec), "vocab": vocab, "val": validation, "encoder": fingerprint(codec)}
+    settings |= {"source": str(source.resolve()), "files": files, "listing": listing.hexdigest()[:16]}
+    parts = out / "parts"
+    for place in (out / "report.json", parts / "settings.json"):
+        if place.exists():
+            before = json.loads(place.read_text())
+            if changed := differences(before.get("settings", before), settings):
+                raise UserError(f"{out} was prepared otherwise ({changed}): choose another folder, or delete this one")
+    if (out / "report.json").exists():
+        print(f"{out} is prepared already")
+        return
+    if out.exists() and any(path.name != "parts" for path in out.iterdir()) and not parts.exists():
+        raise UserError(f"{out} holds other files: choose a folder that is empty or new")
+    parts.mkdir(parents=True, exist_ok=True)
+    (parts / "settings.json").write_text(json.dumps(settings))
+
+    started, paths = time.time(), []
+    with ProcessPoolExecutor(workers) as pool:
+        with tqdm(total=files, unit=" files", desc="encode") as bar:
+            for number, items in enumerate(chunks(walk(source), PART)):
+                paths.append(parts / f"{number:05d}")
+                if paths[-1].with_suffix(".skipped").exists():
+                    bar.update(len(items))
+                else:
+                    encode_part(paths[-1], codec, items, pool, workers, bar)
+        lengths = [np.load(path.with_suffix(".lengths.npy")) for path in paths]
+        skipped = Counter(line.split("\t")[0] for path in paths for line in open_text(path.with_suffix(".skipped")))
+        documents, symbols = sum(map(len, lengths)), sum(int(length.sum(dtype=np.int64)) for length in lengths)
+        if int(documents * validation) < 1 or documents < 2:
+            reasons = "; ".join(f"{number} {reason}" for reason, number in skipped.most_common()) or "none skipped"
+            raise UserError(
+                f"{source} has {documents} usable images of {files} files ({reasons}), and --val {validation} of them validates: "
+                f"give it more images, or a larger share"
+            )
+
+        every = max(1, -(-documents // SAMPLE), -(-symbols // SAMPLE_SYMBOLS))
+        sample = [document for path in paths for document in read_documents(path, Tokens(codec).dtype, slice(None, None, every))]
+        print(f"learning byte pairs on {len(sample):,} of {documents:,} documents")
+        tokens = learn_pairs(codec, sample, vocab)
+        del sample
+
+        firsts = np.cumsum([0, *map(len, lengths)])
+        tasks = [(path, tokens, int(first), validation) for path, first in zip(paths, firsts, strict=False)]
+        shards = {}
+        for number, splits in enumerate(tqdm(in_order(pool, tokenize, tasks, workers), "tokenize", len(tasks), unit=" parts")):
+            for split, (stream, sizes, covered) in splits.items():
+                name = f"{split}-{number:05d}"
+                np.save(out / f"{name}.npy", stream)
+                np.save(out / f"{name}.lengths.npy", sizes.astype(np.uint32))
+                sha = hashlib.sha256((out / f"{name}.npy").read_bytes()).hexdigest()
+                shards[name] = {"documents": len(sizes), "tokens": len(stream), "symbols": covered, "sha256": sha}
+
+    with open(out / "skipped.txt", "wb") as file:
+        file.writelines(path.with_suffix(".skipped").read_bytes() for path in paths)
+    save_tokens(out, tokens)
+    report = {"settings": settings, "skipped": dict(skipped), "encoder": encoder(), "seconds": round(time.time() - started, 1)}
+    (out / "report.json").write_text(json.dumps({**report, "shards": shards}, indent=1) + "\n")  # last: now the folder is whole
+    shutil.rmtree(parts)
+    print(f"{out}: {documents:,} documents of {symbols / documents:,.0f} symbols, {tokens.vocab} tokens", end="; ")
+    print(f"{sum(skipped.values())} of {files:,} files skipped" + "".join(f", {n} {why}" for why, n in skipped.most_common()))
+
+
+def cores() -> int:
+    """Those that this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_text(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        yield from file
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Flags(description=__doc__)
+    parser.add_argument("source", type=Path, help="folder of images, of folders of images, or of .tar files of images")
+    parser.add_argument("out", type=Path, help="data folder to write")
+    parser.add_argument("--codec", choices=CODECS, default="jpeg", help="what the model will write (default: jpeg)")
+    parser.add_argument("--vocab", type=int, default=320, help="tokens, byte pairs included; 258: none (default: 320)")
+    parser.add_argument("--val", type=float, default=0.05, help="share of the images that is kept for validation (default: 0.05)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core)")
+    for codec in CODECS.values():
+        parser.add_fields(codec)
+    flags = parser.parse(arguments)
+    kind = CODECS[flags.codec]
+    given = vars(flags)
+    if not flags.source.is_dir():
+        raise UserError(f"{flags.source} is not a folder: name a folder of images or of .tar files")
+    if not 0 < flags.val < 1 or flags.workers < 1:
+        raise UserError(f"--val {flags.val} --workers {flags.workers}: the first is between 0 and 1, the second at least 1")
+    codec = kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
+    prepare(flags.source, flags.out, codec, flags.vocab, flags.val, flags.workers)
+
+
+if __name__ == "__main__":
+    run(main)

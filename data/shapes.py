@@ -1,0 +1,129 @@
+"""The built-in data: pictures of one to four shapes, drawn on the spot, the same every time.
+
+    python -m data.shapes                                                    # data/shapes, as train.py makes it if it is absent
+    python -m data.shapes data/shapes32 --size 32 --count 20000
+
+OUT/pictures receives the drawings as PNGs, OUT the tokens that `data.prepare` makes of them.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from codec import JPEG, Flags, run
+from data.prepare import cores, prepare
+
+COLOURS = {
+    "red": (216, 50, 44),
+    "orange": (240, 140, 20),
+    "yellow": (250, 210, 50),
+    "green": (50, 160, 80),
+    "blue": (40, 100, 210),
+    "violet": (130, 60, 170),
+    "black": (40, 40, 50),
+    "white": (250, 250, 250),
+}
+GROUNDS = [(244, 238, 224), (206, 228, 244), (214, 236, 208), (250, 216, 216), (70, 78, 104), (96, 74, 66)]
+FINE = 4  # drawn this much larger, then averaged down: soft edges
+
+
+def polygon(corners: int, depth: float = 1.0, turn: float = 0.0) -> list[tuple[float, float]]:
+    """A regular polygon in the unit circle; with `depth` below 1 a star, its inner corners at that radius."""
+    angles = [turn + math.pi * i / corners for i in range(2 * corners)]
+    if depth == 1.0:
+        angles = angles[::2]
+    return [((depth if i % 2 else 1) * math.sin(a), -(depth if i % 2 else 1) * math.cos(a)) for i, a in enumerate(angles)]
+
+
+def cross(arm: float) -> list[tuple[float, float]]:
+    quarter = [(arm, -1), (arm, -arm), (1, -arm)]
+    turned = [quarter, [(-y, x) for x, y in quarter], [(-x, -y) for x, y in quarter], [(y, -x) for x, y in quarter]]
+    return [corner for part in turned for corner in part]
+
+
+def heart() -> list[tuple[float, float]]:
+    angles = np.linspace(0, 2 * math.pi, 60, endpoint=False)
+    y = -(13 * np.cos(angles) - 5 * np.cos(2 * angles) - 2 * np.cos(3 * angles) - np.cos(4 * angles)) / 16
+    return list(zip(np.sin(angles) ** 3, y, strict=True))
+
+
+OUTLINES = {
+    "circle": polygon(60),
+    "ring": polygon(60),  # its hole is cut out below
+    "square": polygon(4, turn=math.pi / 4),
+    "diamond": polygon(4),
+    "triangle": polygon(3),
+    "star": polygon(5, depth=0.42),
+    "cross": cross(0.36),
+    "heart": heart(),
+}
+FILLS = ("plain", "plain", "stripes", "checks", "dots")
+
+
+def draw(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
+    """Picture number `index`, (size, size, 3) uint8: a function of its arguments alone."""
+    rng = np.random.default_rng([seed, index])
+    side = size * FINE
+    colours = [list(COLOURS.values())[i] for i in rng.permutation(len(COLOURS))]
+    ground = np.array(GROUNDS[rng.integers(len(GROUNDS))])
+    if rng.random() < 0.5:  # darker towards the bottom
+        ground = ground * np.linspace(1, 0.75, side)[:, None, None]
+    picture = Image.fromarray(np.broadcast_to(ground, (side, side, 3)).astype(np.uint8))
+    count = rng.integers(1, 5)
+    places = [(0.5, 0.5)] if count == 1 else [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]
+    for number, place in enumerate(rng.permutation(places)[:count]):
+        radius = side * (rng.uniform(0.25, 0.42) if count == 1 else rng.uniform(0.14, 0.22))
+        x, y = place * side + rng.uniform(-0.05, 0.05, 2) * side
+        kind = list(OUTLINES)[rng.integers(len(OUTLINES))]
+        mask = Image.new("1", (side, side))
+        pen = ImageDraw.Draw(mask)
+        pen.polygon([(x + radius * u, y + radius * v) for u, v in OUTLINES[kind]], fill=1)
+        if kind == "ring":
+            pen.polygon([(x + radius * u / 2, y + radius * v / 2) for u, v in OUTLINES[kind]], fill=0)
+        main, second = colours[2 * number : 2 * number + 2]
+        picture.paste(fill(FILLS[rng.integers(len(FILLS))], main, second, side, radius), (0, 0), mask)
+    return np.asarray(picture.reduce(FINE))
+
+
+def fill(kind: str, main: tuple, second: tuple, side: int, radius: float) -> Image.Image:
+    """A picture full of one texture, its period a part of the shape's radius."""
+    picture, step = Image.new("RGB", (side, side), main), max(2 * FINE, radius / 2.5)
+    pen, marks = ImageDraw.Draw(picture), np.arange(0, side, step)
+    if kind == "stripes":
+        for left in marks[::2]:
+            pen.rectangle((left, 0, left + step - 1, side), fill=second)
+    elif kind == "checks":
+        for i, left in enumerate(marks):
+            for top in marks[i % 2 :: 2]:
+                pen.rectangle((left, top, left + step - 1, top + step - 1), fill=second)
+    elif kind == "dots":
+        for left in marks[::2]:
+            for top in marks[::2]:
+                pen.ellipse((left, top, left + step, top + step), fill=second)
+    return picture
+
+
+def make(out: Path, count: int = 8000, size: int = 64) -> None:
+    """Draw `count` pictures and prepare them.  A repeated call continues."""
+    folder = out.with_name(out.name + "-pictures")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in tqdm(range(count), "draw", unit=" pictures"):
+        path = folder / f"{index:05d}.png"
+        Image.fromarray(draw(index, size)).save(path, compress_level=1)
+    prepare(folder, out, JPEG(size=size), vocab=320, validation=0.05, workers=cores())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Flags(__doc__)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("data/shapes"), help="data folder (default: data/shapes)")
+    parser.add_argument("--count", type=int, default=8000, help="how many pictures (default: 8000)")
+    parser.add_argument("--size", type=int, default=64, help="pixels, both ways (default: 64)")
+    flags = parser.parse(arguments)
+    make(flags.out, flags.count, flags.size)
+
+
+if __name__ == "__main__":
+    run(main)

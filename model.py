@@ -1,0 +1,150 @@
+"""The Llama language model, whole, in one file.
+
+Module names are those of Hugging Face's Llama, so released weights load without renaming.
+Shapes in comments: B sequences, T tokens, D width, H query heads, K key/value heads, E = D / H.
+
+Touvron et al. 2023, Llama 2 (arXiv:2307.09288); Su et al. 2021, RoPE (arXiv:2104.09864); Zhang and Sennrich 2019,
+RMSNorm (arXiv:1910.07467); Shazeer 2020, SwiGLU (arXiv:2002.05202); Ainslie et al. 2023, GQA (arXiv:2305.13245).
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    vocab: int = 320  # tokens; train.py takes it from the data
+    context: int = 4096  # longest sequence, in tokens
+    dim: int = 384  # width of the residual stream
+    layers: int = 6  # transformer blocks
+    heads: int = 6  # query heads per block
+    kv_heads: int = 6  # key/value heads per block; fewer than heads: each serves a group of query heads
+    hidden: int = 1024  # width inside the feed-forward
+    rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+
+
+def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every (position, frequency) angle, each twice side by side: two (T, E)."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(start, end, device=device, dtype=torch.float32), frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x[i], x[i + E/2]) by its position's angle.  x: (B, T, heads, E)."""
+    cos, sin = (part.to(x.dtype).unsqueeze(1) for part in table)
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, so that each new token costs one step, not T.  Allocated once."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.layers, batch, config.kv_heads, length, config.dim // config.heads)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, K, T, E) to a layer's keys and values, and give all that it has."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.grouped, self.head_dim = layer, config.heads != config.kv_heads, config.dim // config.heads
+        self.q_proj = nn.Linear(config.dim, config.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads, E)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k, v = (part.transpose(1, 2) for part in (rotate(q, table), rotate(k, table), v))  # (B, heads, T, E)
+        causal = q.shape[2] > 1
+        if cache is not None:
+            assert cache.length == 0 or not causal, "a cache that holds tokens takes one more at a time"
+            k, v = cache.append(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: a gate decides, per channel, how much of `up` goes `down`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.hidden, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden, bias=False)
+        self.down_proj = nn.Linear(config.hidden, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), table, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab, bias=False)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Tokens (B, T) to the logits of each next token (B, T, vocab)."""
+        start, config = cache.length if cache is not None else 0, self.config
+        end = start + tokens.shape[1]
+        assert end <= config.context, f"{end} tokens, but the model's context is {config.context}"
+        table = rotary_table(start, end, config.dim // config.heads, config.rope_theta, tokens.device)
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, table, cache)
+        if cache is not None:
+            cache.length = end
+        return self.lm_head(self.norm(x))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Draw each weight from (seed, its name) alone, so that every number of processes starts alike.
+
+        Matrices are normal(0, 0.02), as Llama's; the two that write to the residual stream are scaled by
+        1/sqrt(2 layers), so that its variance does not grow with depth (Radford et al. 2019, section 2.3).
+        """
+        for name, weight in self.named_parameters():
+            std = 0.02 / (2 * self.config.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            whole = torch.ones(weight.shape) if "norm" in name else torch.randn(weight.shape, generator=generator) * std
+            if isinstance(weight, DTensor):  # of the whole, keep this process's part
+                whole = distribute_tensor(
+                    whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None
+                )
+            weight.copy_(whole)
