@@ -44,6 +44,7 @@ class Codec(Protocol):
     def encode(self, pixels: np.ndarray) -> np.ndarray: ...  # the same pixels, the same symbols
     def decode(self, symbols: np.ndarray) -> np.ndarray: ...  # any symbols give pixels of the right size
     def file(self, symbols: np.ndarray) -> bytes: ...  # the symbols as a file that any viewer opens
+    def symbols(self, file: bytes) -> np.ndarray: ...  # and back
     def check(self, symbols: np.ndarray) -> str | None: ...  # None for a whole valid file, else what is wrong where
     def head(self, symbols: np.ndarray, keep: float) -> np.ndarray: ...  # the symbols of the top part of the picture
 
@@ -94,7 +95,13 @@ class JPEG:
 
     def file(self, symbols: np.ndarray) -> bytes:
         """The symbols as they are, with the tables and what else was left out put back: a file that any viewer opens."""
-        return self._whole(self._scan(symbols))
+        data = bytes(np.asarray(symbols, np.uint8))
+        return data[: len(SOI)] + self.tables + data[len(SOI) :] if self.header else self._whole(data)
+
+    def symbols(self, file: bytes) -> np.ndarray:
+        """The inverse of `file`."""
+        data = file[: len(SOI)] + file[len(SOI + self.tables) :]
+        return np.frombuffer(data if self.header else data[len(self.frame) : -len(EOI)], np.uint8)
 
     def check(self, symbols: np.ndarray) -> str | None:
         """None for a whole valid file, else a sentence saying what is wrong where.

@@ -46,13 +46,14 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 class Cache:
     """Keys and values of the tokens seen so far, so that each new token costs one step, not T.  Allocated once."""
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.layers, batch, config.kv_heads, length, config.dim // config.heads)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0
+    def __init__(self, config: ModelConfig, batch: int, length: int):
+        self.shape, self.length = (config.layers, batch, config.kv_heads, length, config.dim // config.heads), 0
+        self.keys = self.values = torch.empty(0)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add (B, K, T, E) to a layer's keys and values, and give all that it has."""
+        if not self.keys.numel():  # now the device and the precision are known
+            self.keys, self.values = k.new_zeros(self.shape), v.new_zeros(self.shape)
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v

@@ -29,9 +29,21 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from codec import CODECS, Codec, Flags, Tokens, UserError, differences, encoder, fingerprint, learn_pairs, run, save_tokens
+from codec import (
+    CODECS,
+    Codec,
+    Flags,
+    Tokens,
+    UserError,
+    differences,
+    encoder,
+    fingerprint,
+    learn_pairs,
+    run,
+    save_tokens,
+)
 
-FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD SGI TGA TIFF WEBP".split()  # EPS would start a program
+FORMATS = ["AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "SGI", "TGA", "TIFF", "WEBP"]  # EPS would start a program
 LARGEST_FILE = 256 << 20  # bytes
 PART = 8192  # files: what an interruption loses at most
 TASK = 64  # files that a worker takes at once

@@ -1,0 +1,645 @@
+"""How far one set of images is from another: Frechet Inception distance, KID, precision and recall.
+
+    python fid.py samples/ photos/                        FID on the usual 2,048 features
+    python fid.py samples/ photos/ --dims 768 --kid --pr --infinity --json
+    python fid.py photos/ --save photos.npz               statistics, for later and for pytorch_fid
+    torchrun --nproc-per-node 8 fid.py samples/ photos.npz
+
+Each image becomes a vector, the pooled features of a trained Inception network; the distance is between the two clouds
+of vectors.  Heusel et al. 2017, GANs Trained by a Two Time-Scale Update Rule (arXiv:1706.08500), section 3, fit a
+normal distribution to each, and compare those.
+
+A published number holds for one network and one way to shrink an image.  Ours are those of pytorch_fid: the 2015-12-05
+Inception of TensorFlow, and bilinear resizing to 299x299 without antialiasing (nor EXIF rotation, nor alpha).
+
+Letters in shapes: N images, D features (dims), H rows, W columns.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import urllib.request
+import warnings
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import PIL
+import scipy
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+CHECKSUM = "6726825d"  # the first digits of the sha256, as in the name
+CACHE = Path("~/.cache/jpeglm").expanduser()
+SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # pytorch_fid's
+SIZE = 299  # pixels, both ways, of what the network sees
+RESIZE = f"bilinear to {SIZE}x{SIZE}, half-pixel centres, no antialias"
+FEW = 10_000  # images; with fewer FID is visibly too high (Chong and Forsyth 2020, figure 1)
+
+
+def fail(sentence: str) -> NoReturn:
+    """End with what a user can mend: exit code 2, no traceback."""
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
+        print(f"fid.py: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# --- The network ------------------------------------------------------------------------------------------------------
+
+
+class Conv(nn.Conv2d):
+    """Convolution and rectifier, keeping the image's size unless it strides; the batch norm is folded in by `load`."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int | tuple = 1, stride: int = 1, pad: bool = True):
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (height // 2, width // 2) if pad and stride == 1 else 0
+        super().__init__(inputs, outputs, (height, width), stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu_()
+
+
+shrink = nn.MaxPool2d(3, stride=2)
+
+
+def average(x: Tensor) -> Tensor:
+    """Unlike torchvision's network, TensorFlow's does not count the padding in the mean."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def largest(x: Tensor) -> Tensor:
+    """The last block of the 2015-12-05 network pools by maximum, by mistake as it seems; every published FID has it."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+class Mixed(nn.Module):
+    """An Inception block: chains of convolutions side by side, then a pooling of the input, stacked as channels.
+
+    A chain lists its steps as (outputs, kernel, stride); a list as its last step are convolutions that run in parallel.
+    `pooled` channels remain of the pooling; 0 keeps all of them.
+    """
+
+    def __init__(self, inputs: int, pool: Callable[[Tensor], Tensor], pooled: int = 0, **chains: list):
+        super().__init__()
+        self.pool, self.chains = pool, []
+        for name, chain in chains.items():
+            self.chains.append([])
+            width = inputs
+            for number, step in enumerate(chain, start=1):
+                parallel = [Conv(width, *shape) for shape in (step if isinstance(step, list) else [step])]
+                width = parallel[0].out_channels
+                for letter, conv in zip("ab" if len(parallel) == 2 else [""], parallel, strict=True):
+                    self.add_module(f"{name}_{number}{letter}" if len(chain) > 1 else name, conv)
+                self.chains[-1].append(parallel)
+        self.branch_pool = nn.Conv2d(inputs, pooled, 1) if pooled else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for *steps, last in self.chains:
+            y = x
+            for (conv,) in steps:
+                y = conv(y)
+            outputs += [conv(y) for conv in last]
+        if self.pool is average:  # a mean commutes with a 1x1 convolution, and is cheaper after it
+            outputs.append(average(self.branch_pool(x)).relu_())
+        else:
+            outputs.append(self.branch_pool(self.pool(x)).relu_())
+        return torch.cat(outputs, dim=1)
+
+
+def mixed_35(inputs: int, pooled: int) -> Mixed:
+    chains = {"branch1x1": [(64,)], "branch5x5": [(48,), (64, 5)], "branch3x3dbl": [(64,), (96, 3), (96, 3)]}
+    return Mixed(inputs, average, pooled, **chains)
+
+
+def mixed_6a() -> Mixed:
+    return Mixed(288, shrink, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64,), (96, 3), (96, 3, 2)])
+
+
+def mixed_17(width: int) -> Mixed:
+    row, column = (1, 7), (7, 1)
+    seven = [(width,), (width, row), (192, column)]
+    double = [(width,), (width, column), (width, row), (width, column), (192, row)]
+    return Mixed(768, average, 192, branch1x1=[(192,)], branch7x7=seven, branch7x7dbl=double)
+
+
+def mixed_7a() -> Mixed:
+    seven = [(192,), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]
+    return Mixed(768, shrink, branch3x3=[(192,), (320, 3, 2)], branch7x7x3=seven)
+
+
+def mixed_8(inputs: int, pool: Callable[[Tensor], Tensor]) -> Mixed:
+    cross = [(384, (1, 3)), (384, (3, 1))]
+    three, double = [(384,), cross], [(448,), (384, 3), cross]
+    return Mixed(inputs, pool, 192, branch1x1=[(320,)], branch3x3=three, branch3x3dbl=double)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {  # the shape after each, for one image
+    "Conv2d_1a_3x3": lambda: Conv(3, 32, 3, stride=2),  # 32 x 149 x 149
+    "Conv2d_2a_3x3": lambda: Conv(32, 32, 3, pad=False),  # 32 x 147 x 147
+    "Conv2d_2b_3x3": lambda: Conv(32, 64, 3),  # 64 x 147 x 147
+    "pool_1": lambda: shrink,  # 64 x 73 x 73
+    "Conv2d_3b_1x1": lambda: Conv(64, 80),  # 80 x 73 x 73
+    "Conv2d_4a_3x3": lambda: Conv(80, 192, 3, pad=False),  # 192 x 71 x 71
+    "pool_2": lambda: shrink,  # 192 x 35 x 35
+    "Mixed_5b": lambda: mixed_35(192, 32),  # 256 x 35 x 35
+    "Mixed_5c": lambda: mixed_35(256, 64),  # 288 x 35 x 35
+    "Mixed_5d": lambda: mixed_35(288, 64),  # 288 x 35 x 35
+    "Mixed_6a": mixed_6a,  # 768 x 17 x 17
+    "Mixed_6b": lambda: mixed_17(128),  # 768 x 17 x 17
+    "Mixed_6c": lambda: mixed_17(160),  # 768 x 17 x 17
+    "Mixed_6d": lambda: mixed_17(160),  # 768 x 17 x 17
+    "Mixed_6e": lambda: mixed_17(192),  # 768 x 17 x 17
+    "Mixed_7a": mixed_7a,  # 1280 x 8 x 8
+    "Mixed_7b": lambda: mixed_8(1280, average),  # 2048 x 8 x 8
+    "Mixed_7c": lambda: mixed_8(2048, largest),  # 2048 x 8 x 8
+}
+LAST = {64: "pool_1", 192: "pool_2", 768: "Mixed_6e", 2048: "Mixed_7c"}  # the layer that has so many channels
+
+
+class Inception(nn.Sequential):
+    """Images (N, 3, 299, 299) in -1..1 to features (N, dims): the mean over the pixels of the last layer needed."""
+
+    def __init__(self, dims: int):
+        names = list(LAYERS)[: list(LAYERS).index(LAST[dims]) + 1]
+        super().__init__(OrderedDict((name, LAYERS[name]()) for name in names))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean(dim=(2, 3))
+
+
+def load(path: Path, dims: int) -> Inception:
+    """The network with the weights of a file under pytorch_fid's names; layers past `dims` may be absent."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("it is no table of tensors")
+    except Exception as error:  # torch raises half a dozen types on a broken file
+        what = (str(error).strip() or type(error).__name__).split("\n")[0]
+        fail(f"{path} is not a readable weights file ({what[:120]}): delete it and download {URL} again")
+    if "fc.weight" in state and len(state["fc.weight"]) == 1000:
+        fail(f"{path} holds torchvision's Inception (1,000 classes), not FID's (1,008 classes): download {URL}")
+    network = Inception(dims)
+    for name, conv in network.named_modules():
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        keys = [f"{name}.{key}" for key in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")]
+        if lacking := [key for key in keys if key not in state]:
+            enough = max((d for d in LAST if d < dims and f"{LAST[d]}.branch1x1.conv.weight" in state), default=None)
+            remedy = f"pass --dims {enough}, or download {URL}" if enough else f"download {URL}"
+            fail(f"{path} lacks {lacking[0]}, needed for {dims} dims: {remedy}")
+        weight, scale, bias, mean, variance = (state[key].double() for key in keys)
+        if weight.shape != conv.weight.shape or len(bias) != len(weight):
+            fail(f"{path} has {keys[0]} of shape {list(weight.shape)}, not {list(conv.weight.shape)}: download {URL}")
+        scale = scale / (variance + 0.001).sqrt()  # y = (conv(x) - mean) * scale + bias, as one convolution
+        conv.weight.data = (weight * scale[:, None, None, None]).float()
+        conv.bias.data = (bias - mean * scale).float()
+        if not (conv.weight.isfinite().all() and conv.bias.isfinite().all()):
+            fail(f"{path} has values in {name} that are not finite: delete it and download {URL}")
+    return network.eval().requires_grad_(False)
+
+
+def weights_file(path: Path | None = None, url: str = URL) -> Path:
+    """The file asked for, else the one in the cache, else a download whose sha256 begins with CHECKSUM."""
+    if path is not None:
+        return path if path.is_file() else fail(f"{path}, asked for by --weights, is no file: download {url}")
+    path = CACHE / url.rsplit("/", 1)[-1]
+    advice = f"fetch {url} (sha256 {CHECKSUM}...) elsewhere and put it at {path}, or pass --weights FILE"
+    if not path.is_file():
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=30) as source, partial.open("wb") as target:
+                total = int(source.headers.get("Content-Length") or 0) or None
+                with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None) as bar:
+                    while block := source.read(1 << 20):
+                        bar.update(target.write(block))
+            if not sha256(partial).startswith(CHECKSUM):
+                fail(f"{url} came with sha256 {sha256(partial)[:8]}, not {CHECKSUM}: {advice}")
+            partial.rename(path)
+        except OSError as error:
+            fail(f"the weights could not be downloaded ({error}): {advice}")
+        finally:
+            partial.unlink(missing_ok=True)
+    if not sha256(path).startswith(CHECKSUM):
+        fail(f"{path} has sha256 {sha256(path)[:8]}, not {CHECKSUM}: delete it, then {advice}")
+    return path
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Images to features -----------------------------------------------------------------------------------------------
+
+
+class Images:
+    """The images of a folder, searched recursively, or of an array (N, H, W, 3) uint8 in an .npz, held in memory.
+
+    Hidden files are left out, and so is the grid.png that sample.py lays beside its numbered samples.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.array = path, None
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            sampled = {p.parent for p in found if p.stem.isdecimal()}
+            self.files = [p for p in found if p.name != "grid.png" or p.parent not in sampled]
+            if not self.files:
+                fail(f"{path} holds no images: give a folder with files of {', '.join(sorted(SUFFIXES))} at any depth")
+            listing = "".join(f"{p.relative_to(path).as_posix()} {p.stat().st_size}\n" for p in self.files)
+            self.sha256 = hashlib.sha256(listing.encode()).hexdigest()
+        else:
+            self.array, self.sha256 = images_of(path), sha256(path)
+
+    def __len__(self) -> int:
+        return len(self.files if self.array is None else self.array)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | str, str]:
+        """Pixels (3, H, W) uint8 and the mode of the file; or, for a file that cannot be read, a sentence on why."""
+        if self.array is not None:
+            return torch.from_numpy(self.array[index].copy()).permute(2, 0, 1), "RGB"
+        try:
+            with Image.open(self.files[index]) as image:
+                if image.mode[0] in "IF":  # Pillow would clip it to white
+                    raise ValueError(f"its mode {image.mode} has more than 8 bits a sample")
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1), image.mode
+        except Exception as error:  # Pillow's decoders raise a dozen types on broken files
+            return f"{self.files[index]} cannot be read ({type(error).__name__}: {error})", ""
+
+    def warnings(self, modes: Counter) -> list[str]:
+        found = []
+        if others := {mode: count for mode, count in modes.items() if mode != "RGB"}:
+            listed = ", ".join(f"{count} {mode}" for mode, count in sorted(others.items()))
+            found.append(f"{self.path}: {sum(others.values())} images are not RGB and were converted ({listed})")
+        kinds = Counter() if self.array is not None else Counter(file.suffix.lower() for file in self.files)
+        kinds[".jpg"] += kinds.pop(".jpeg", 0)
+        if len(+kinds) > 1:
+            listed = ", ".join(f"{count} {kind}" for kind, count in sorted((+kinds).items()))
+            found.append(f"{self.path}: a mix of file formats ({listed}); FID sees what compression leaves behind")
+        return found
+
+
+def images_of(path: Path) -> np.ndarray:
+    arrays = open_npz(path)
+    images = [a for a in arrays.values() if a.dtype == np.uint8 and a.ndim == 4 and a.shape[3] == 3 and a.size]
+    if len(images) != 1:
+        held = ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items()) or "nothing"
+        fail(f"{path} holds {held}: expected statistics (mu, sigma) or images as one array of uint8 (N, H, W, 3)")
+    return images[0]
+
+
+def open_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # zipfile, zlib and NumPy each have their own types
+        fail(f"{path} is not a readable .npz ({type(error).__name__}: {error}): write it again with numpy.savez")
+
+
+def read_ahead(images: Images, batches: Iterable[range], workers: int) -> Iterator[list[tuple[Tensor | str, str]]]:
+    """Decode on threads, never more than a few batches ahead, so that memory does not grow with the number of images.
+
+    Threads, as Pillow decodes outside Python's lock.  On two cores they read 5,300 images/s of 64x64 pixels and 250 of
+    1024x1024; a DataLoader with two processes read 2,000 and 180, and takes seconds to start where it cannot fork.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque = deque()
+        for batch in batches:
+            waiting.append(pool.submit(lambda batch: [images[i] for i in batch], batch))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def prepare(images: list[Tensor], device: torch.device) -> Tensor:
+    """Pixels (3, H, W) uint8 of any sizes to (N, 3, 299, 299) in -1..1, in pytorch_fid's order of operations."""
+    scaled = (image[None].to(device).float() / 255 for image in images)
+    resized = [F.interpolate(x, (SIZE, SIZE), mode="bilinear", align_corners=False) for x in scaled]
+    return (2 * torch.cat(resized) - 1).contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def extract(
+    images: Images, network: Inception, skip_broken: bool = False, rank: int = 0, world: int = 1
+) -> tuple[np.ndarray, Counter]:
+    """Features (N, D) float32 in the order of the files, and how many images had which mode.
+
+    With several processes each takes every world-th file, and rank 0 gathers; the other ranks get nothing.
+    On a CPU the network runs on 4 images at a time: with 16, the largest activation passes the 32 MB above which
+    glibc maps and clears new memory at every use, and 32 are a third slower.
+    """
+    device = torch.device(f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    network = network.to(device, memory_format=torch.channels_last)
+    size, workers = (4 if device.type == "cpu" else 64), min(8, os.cpu_count() or 1)
+    mine = range(rank, len(images), world)
+    batches = (mine[start : start + size] for start in range(0, len(mine), size))
+    kept, features, modes, broken = [], [], Counter(), []
+    bar = tqdm(total=len(mine), desc=images.path.name, unit="image", disable=True if rank else None)
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 would keep 3 digits only
+    with bar, exact:
+        for number, batch in enumerate(read_ahead(images, batches, workers)):
+            broken += [pixels for pixels, _ in batch if isinstance(pixels, str)]
+            whole = [j for j, (pixels, _) in enumerate(batch) if not isinstance(pixels, str)]
+            modes.update(batch[j][1] for j in whole)
+            kept += [mine[number * size + j] for j in whole]
+            if whole:
+                features.append(network(prepare([batch[j][0] for j in whole], device)).cpu().numpy())
+            bar.update(len(batch))
+    part = kept, np.concatenate(features) if features else None, modes, broken
+    parts = [part]
+    if world > 1:
+        parts = [None] * world if rank == 0 else None
+        dist.gather_object(part, parts)  # lengths may differ: nothing is padded, so nothing counts twice
+    if rank:
+        return np.zeros((0, 0), np.float32), modes
+    broken = sorted(sentence for part in parts for sentence in part[3])
+    if broken and not skip_broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        fail(f"{broken[0]}{more}: remove or mend it, or leave such files out with --skip-broken")
+    for sentence in broken:
+        print(f"warning: left out: {sentence}", file=sys.stderr)
+    modes = sum((part[2] for part in parts), Counter())
+    if not modes:
+        return np.zeros((0, 0), np.float32), modes
+    order = np.argsort(np.concatenate([part[0] for part in parts if part[0]]))
+    return np.concatenate([part[1] for part in parts if part[0]])[order], modes
+
+
+# --- Statistics and distances, all in float64 -------------------------------------------------------------------------
+
+
+@dataclass
+class Statistics:
+    """What a set of images comes down to: the normal distribution of its features and, where known, the features."""
+
+    mu: np.ndarray  # (D,) float64
+    sigma: np.ndarray  # (D, D) float64, divided by N - 1
+    features: np.ndarray | None = None  # (N, D)
+    about: dict = field(default_factory=dict)  # path, count, files_sha256, network, weights_sha256, dims, resize
+
+    @classmethod
+    def of(cls, features: np.ndarray, **about: str | int) -> "Statistics":
+        x = np.asarray(features, dtype=np.float64)
+        return cls(x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False)), features, about)
+
+    def factor(self) -> np.ndarray:
+        """F of shape (rank, D) with F^T F = sigma: the centred features themselves where they are few, else by eigh."""
+        if self.features is not None and len(self.features) <= len(self.mu):
+            return (self.features - self.mu) / np.sqrt(len(self.features) - 1)
+        values, vectors = scipy.linalg.eigh(self.sigma)
+        return (vectors * np.sqrt(values.clip(0))).T
+
+    def save(self, path: Path) -> None:
+        """An .npz for pytorch_fid, which reads mu and sigma, and for us, who also read the features and where from."""
+        features = {} if self.features is None else {"features": self.features}
+        path = path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
+        try:
+            np.savez(path, mu=self.mu, sigma=self.sigma, **features, **self.about)
+        except OSError as error:
+            fail(f"{path} cannot be written ({error}): choose another file for --save")
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|mu_A - mu_B|^2 + tr(A + B - 2 (A B)^1/2), A and B the covariances (Heusel et al. 2017, equation 6).
+
+    With A = F^T F and B = G^T G, the eigenvalues of A B are the squared singular values of F G^T, so the last trace is
+    their sum.  No square root of a product is formed, whose rounding errors turn complex, and no small eigenvalue
+    is squared: this holds for any number of images, also for fewer than features.
+    """
+    f, g = a.factor(), b.factor()
+    overlap = np.linalg.svd(f @ g.T, compute_uv=False).sum()
+    distance = np.square(a.mu - b.mu).sum() + np.square(f).sum() + np.square(g).sum() - 2 * overlap
+    return max(float(distance), 0.0)  # rounding may leave -1e-13
+
+
+def frechet_infinity(a: Statistics, b: Statistics, seed: int = 0, points: int = 12) -> float:
+    """FID of infinitely many images: it is linear in 1/N (Chong and Forsyth 2020, arXiv:1911.07023).
+
+    Both sets shrink to N/x, x evenly spaced from 1 to 4, and the line is read at x = 0, which takes out the bias of
+    either side; statistics without features stay whole, and so does their bias.  The line holds for N/4 > D.
+    """
+    rng, inverse = np.random.default_rng(seed), np.linspace(1, 4, points)
+
+    def subset(s: Statistics, x: float) -> Statistics:
+        if s.features is None:
+            return s
+        return Statistics.of(s.features[rng.permutation(len(s.features))[: max(2, round(len(s.features) / x))]])
+
+    return float(np.polyfit(inverse, [frechet_distance(subset(a, x), subset(b, x)) for x in inverse], 1)[1])
+
+
+def kernel_distance(
+    a: np.ndarray, b: np.ndarray, seed: int = 0, subsets: int = 100, size: int = 1000
+) -> tuple[float, float]:
+    """KID, mean and standard deviation over subsets: unbiased squared MMD with the kernel (x.y / D + 1)^3.
+
+    Binkowski et al. 2018, Demystifying MMD GANs (arXiv:1801.01401), section 4.  Unbiased: it may be below zero.
+    """
+    rng, size = np.random.default_rng(seed), min(size, len(a), len(b))
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: np.ndarray) -> float:
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (size * (size - 1))
+
+    values = []
+    for _ in range(subsets):
+        x, y = (s[rng.choice(len(s), size, replace=False)].astype(np.float64) for s in (a, b))
+        values.append(within(x) + within(y) - 2 * kernel(x, y).mean())
+    return float(np.mean(values)), float(np.std(values))
+
+
+def precision_recall(samples: np.ndarray, reference: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+    """Precision: the share of samples in the manifold of the reference; recall: the share of the reference in theirs.
+
+    A manifold is a ball about every point, out to its third neighbour (Kynkaanniemi et al. 2019, arXiv:1904.06991).
+    """
+    a, b = (torch.from_numpy(x - reference.mean(0, dtype=np.float64)) for x in (samples, reference))
+    tiny = 1e-12 * max(x.square().sum(1).max().item() for x in (a, b))  # rounding in squares of distances
+
+    def squares(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+        for rows in x.split(1024):
+            yield rows.square().sum(1)[:, None] + y.square().sum(1) - 2 * rows @ y.T
+
+    def share(x: Tensor, y: Tensor) -> float:
+        radii = torch.cat([d.kthvalue(neighbours + 1, dim=1).values for d in squares(y, y)])  # the first is itself
+        return torch.cat([(d <= radii + tiny).any(1) for d in squares(x, y)]).double().mean().item()
+
+    return share(a, b), share(b, a)
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def read_statistics(path: Path, dims: int) -> Statistics | None:
+    """The statistics in an .npz of ours or of pytorch_fid; None if it holds something else."""
+    arrays = open_npz(path)
+    if "mu" not in arrays or "sigma" not in arrays:
+        return None
+    mu, sigma = (np.asarray(arrays[name]) for name in ("mu", "sigma"))
+    numbers = all(np.issubdtype(x.dtype, np.floating) and np.isfinite(x).all() for x in (mu, sigma))
+    if not numbers or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.allclose(sigma, sigma.T):
+        fail(f"{path} holds no finite mean and symmetric covariance of one size: save the statistics again with --save")
+    if len(mu) != dims:
+        fail(f"{path} holds statistics of {len(mu)} dims, not {dims}: pass --dims {len(mu)}, or save them again")
+    about = {name: x.item() for name, x in arrays.items() if x.ndim == 0 and x.dtype.kind in "Uif"}
+    if about.get("resize", RESIZE) != RESIZE:
+        fail(f"{path} was made with resize '{about['resize']}', not '{RESIZE}': save it again from the images")
+    features = arrays.get("features")
+    if features is not None and (features.shape[1:] != (dims,) or len(features) < 2 or not np.isfinite(features).all()):
+        fail(f"{path} holds features {list(features.shape)}, not finite numbers (N, {dims}): save its statistics again")
+    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), features, {**about, "path": str(path)})
+
+
+def cautions(s: Statistics, dims: int) -> list[str]:
+    """What a reader must know before believing a number made from this set."""
+    path, count, found = s.about["path"], s.about.get("count"), []
+    if count is None:
+        return [f"{path}: says neither how many images, nor which network and resize made it"]
+    if count < FEW:
+        found.append(f"{path}: {count:,} images are fewer than {FEW:,}; FID is biased upwards, so compare equal counts")
+    if count <= dims:
+        found.append(f"{path}: {count:,} images do not exceed {dims:,} dims: singular covariance; use fewer --dims")
+    return found
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    about = "Frechet Inception distance, and others, between two sets of images."
+    parser = argparse.ArgumentParser(prog="fid.py", description=about)
+    add = parser.add_argument
+    sets = "a folder of images (recursive), an .npz of images (uint8 N,H,W,3), or an .npz of statistics (mu, sigma)"
+    add("a", type=Path, metavar="A", help=f"the samples: {sets}; sample.py's grid.png is not counted")
+    add("b", type=Path, metavar="B", nargs="?", help="the reference, likewise; may be left out with --save")
+    add("--dims", type=int, default=2048, choices=list(LAST), help="features, by depth in the network (default: 2048)")
+    add("--weights", type=Path, metavar="FILE", help=f"the network's weights (default: downloaded once into {CACHE})")
+    add("--save", type=Path, metavar="FILE", help="keep the statistics of A as an .npz, also loadable by pytorch_fid")
+    add("--kid", action="store_true", help="also the kernel distance: mean and deviation over 100 subsets of 1,000")
+    add("--pr", action="store_true", help="also precision (of A) and recall (of B), with 3 neighbours")
+    add("--infinity", action="store_true", help="also FID at infinitely many images, by a linear fit against 1/N")
+    add("--seed", type=int, default=0, help="of the subsets of --kid and --infinity (default: 0)")
+    add("--skip-broken", action="store_true", help="leave out files that cannot be read, instead of stopping")
+    add("--json", action="store_true", help="print one JSON object with everything needed to repeat the measurement")
+    args = parser.parse_args(argv)
+    if args.b is None and args.save is None:
+        parser.error("B is missing: give a second set, or --save FILE to keep the statistics of A")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    if world > 1:
+        dist.init_process_group("gloo")  # also with GPUs: only features travel, from the CPU
+    sets, network, notes = [], None, []
+    for path in filter(None, (args.a, args.b)):
+        if not path.exists():
+            fail(f"{path} does not exist: give a folder of images or an .npz")
+        if not path.is_dir() and path.suffix.lower() != ".npz":
+            fail(f"{path} is neither a folder nor an .npz: give a folder of images or an .npz")
+        found = None if path.is_dir() else read_statistics(path, args.dims)
+        if found is None:
+            images = Images(path)
+            if network is None:
+                if rank:
+                    dist.barrier()  # rank 0 fetches the weights, the others find them in the cache
+                weights = weights_file(args.weights)
+                network, network_sha256 = load(weights, args.dims), sha256(weights)
+                if world > 1 and not rank:
+                    dist.barrier()
+                if not network_sha256.startswith(CHECKSUM):
+                    notes.append(f"{weights} is not the published file (sha256 {CHECKSUM}...): compare within it only")
+            features, modes = extract(images, network, args.skip_broken, rank, world)
+            if rank:
+                continue
+            if len(features) < 2:
+                fail(f"{path} has {len(features)} readable image(s), and a covariance needs two: add images")
+            found = Statistics.of(
+                features,
+                path=str(path),
+                count=len(features),
+                files_sha256=images.sha256,
+                network="inception-2015-12-05",
+                weights_sha256=network_sha256,
+                dims=args.dims,
+                resize=RESIZE,
+            )
+            notes += images.warnings(modes)
+        sets.append(found)
+        notes += cautions(found, args.dims)
+    if rank == 0:
+        report(args, sets, notes, argv)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def report(args: argparse.Namespace, sets: list[Statistics], notes: list[str], argv: list[str] | None) -> None:
+    """Compute what was asked for, and print it."""
+    if args.save:
+        sets[0].save(args.save)
+    made_with = {s.about["weights_sha256"] for s in sets if "weights_sha256" in s.about}
+    if len(made_with) > 1:
+        notes.append(f"the two sets were made with different weights ({', '.join(sorted(x[:8] for x in made_with))})")
+    result: dict[str, float] = {}
+    if len(sets) == 2:
+        a, b = sets
+        for asked, flag, least in ((args.kid, "--kid", 2), (args.pr, "--pr", 4)):
+            for s in (a, b) if asked else ():
+                if s.features is None:
+                    fail(f"{s.about['path']} holds no features, which {flag} needs: give the images instead")
+                if len(s.features) < least:
+                    fail(f"{s.about['path']} has {len(s.features)} images, and {flag} needs {least}: add images")
+        if args.infinity and a.features is None and b.features is None:
+            fail("--infinity needs the images of A or B, and both are statistics: give a folder")
+        if args.infinity and (fewest := min(len(s.features) for s in sets if s.features is not None)) <= 4 * args.dims:
+            notes.append(f"--infinity fits down to a quarter of the images; {fewest:,} are few for {args.dims} dims")
+        result["fid"] = frechet_distance(a, b)
+        if args.infinity:
+            result["fid_infinity"] = frechet_infinity(a, b, args.seed)
+        if args.kid:
+            result["kid"], result["kid_std"] = kernel_distance(a.features, b.features, args.seed)
+        if args.pr:
+            result["precision"], result["recall"] = precision_recall(a.features, b.features)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    if args.json:
+        versions = {module.__name__: module.__version__ for module in (torch, np, PIL, scipy)}
+        result |= {name: s.about for name, s in zip("ab", sets, strict=False)}
+        result |= {"dims": args.dims, "resize": RESIZE, "seed": args.seed, "warnings": notes}
+        result |= {"command": shlex.join(sys.argv if argv is None else ["fid.py", *argv])}
+        result |= {"versions": {"python": platform.python_version(), **versions}}
+        print(json.dumps(result))
+        return
+    if "fid" in result:
+        counts = " and ".join(f"{s.about['count']:,}" if "count" in s.about else "unknown" for s in sets)
+        print(f"FID-{args.dims} {result['fid']:.4f}  ({counts} images)")
+    if "fid_infinity" in result:
+        print(f"FID-{args.dims} at infinitely many images {result['fid_infinity']:.4f}")
+    if "kid" in result:
+        print(f"KID {result['kid']:.6f}, standard deviation over subsets {result['kid_std']:.6f}")
+    if "precision" in result:
+        print(f"precision {result['precision']:.4f}, recall {result['recall']:.4f}")
+    if args.save:
+        print(f"statistics of {args.a} saved to {args.save}")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # on odd metadata in files that read well
+    main()

@@ -1,0 +1,221 @@
+"""Let a trained model write files.
+
+    python sample.py out/small                                        # 64 pictures into out/small/samples, and a grid
+    python sample.py out/small --prompt cat.png --keep 0.5            # complete the lower half of a picture
+    python sample.py out/small --prompt photos --keep 0.25 0.5 0.75 --to completed
+
+Each picture has a seed of its own, (--seed, its number), so it does not depend on the batch it is drawn in.  The files hold the
+very bytes that the model wrote, with the tables put back; the last line counts how many are whole valid files.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from codec import Flags, Tokens, UserError, differences, foreign_encoder, load_tokens, run
+from data.prepare import Item, Unusable, read_file, read_square, walk
+from model import Cache, Llama, ModelConfig
+
+# --- generation ---------------------------------------------------------------------------------------------------------
+
+
+def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Draw a next token for each row of logits (B, V) with its number `uniform` (B,) in [0, 1): (B,).
+
+    Of the `top_k` likeliest (0: all), those that make up `top_p` of the probability; temperature 0 takes the likeliest.
+    The tokens stand in the order of their probability, and the number says how far down the row to go.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    values, tokens = logits.float().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+    probability = (values / temperature).softmax(-1)
+    probability[probability.cumsum(-1) - probability >= top_p] = 0
+    below = probability.cumsum(-1)
+    place = torch.searchsorted(below, (uniform * below[:, -1])[:, None], right=True)
+    return tokens.gather(-1, place.clamp(max=(probability > 0).sum(-1, keepdim=True) - 1))[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama,
+    prompts: list[np.ndarray],
+    end: int,
+    seeds: list[tuple[int, int]],
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    length: int | None = None,
+    progress: tqdm | None = None,
+) -> list[np.ndarray]:
+    """Continue each prompt, tokens (n,), until it says `end` or is `length` tokens long (the context at most).
+
+    The prompts may differ in length: where one is longer than the others, its tokens take the place of those drawn.
+    """
+    device = model.lm_head.weight.device
+    length = min(length or model.config.context, model.config.context)
+    numbers = [np.random.Generator(np.random.Philox(key=list(seed))).random(length, np.float32) for seed in seeds]
+    uniform = torch.from_numpy(np.stack(numbers)).to(device)
+    tokens = torch.full((len(prompts), length), -1, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.from_numpy(prompt[:length].astype(np.int64))
+    tokens, given = tokens.to(device), min(map(len, prompts))
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    cache = Cache(model.config, len(prompts), length)
+    logits = model(tokens[:, :given], cache)[:, -1]
+    for at in range(given, length):
+        drawn = choose(logits, uniform[:, at], temperature, top_k, top_p)
+        tokens[:, at] = torch.where(tokens[:, at] >= 0, tokens[:, at], drawn.masked_fill(done, end))
+        done |= tokens[:, at] == end
+        if progress is not None:
+            progress.update()
+        if at % 16 == 0 and done.all():  # asking every step would make a GPU wait
+            break
+        if at < length - 1:
+            logits = model(tokens[:, at : at + 1], cache)[:, -1]
+    return [row[row >= 0] for row in tokens.cpu().numpy()]
+
+
+def grid(pictures: list[np.ndarray], columns: int | None = None) -> Image.Image:
+    """Pictures (H, W, 3) side by side, a thin line between them, enlarged if they are small."""
+    columns = columns or math.ceil(len(pictures) ** 0.5)
+    height, width, _ = pictures[0].shape
+    sheet = np.full((-(-len(pictures) // columns) * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
+        sheet[top : top + height, left : left + width] = picture
+    image, scale = Image.fromarray(sheet), max(1, 512 // sheet.shape[1])
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+# --- a run folder -------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, the newest first."""
+    return sorted((path for path in out.glob("step_*") if path.suffix != ".part"), reverse=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """None if every file is as it was written, else the name of the first that is not."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return "manifest.json"
+    for name, sha in manifest.items():
+        path = checkpoint / name
+        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha:
+            return name
+    return None
+
+
+def newest(out: Path, say=print) -> Path | None:
+    """The newest undamaged checkpoint of a run; what is passed over is named."""
+    for checkpoint in checkpoints(out):
+        name = damage(checkpoint)
+        if name is None:
+            return checkpoint
+        say(f"{checkpoint} is damaged ({name} is not as it was written): using the one before")
+    return None
+
+
+def load_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
+    """The newest checkpoint of a run, whole, on one device, whatever number of processes wrote it."""
+    checkpoint = newest(out)
+    if checkpoint is None:
+        raise UserError(f"{out} holds no checkpoint: run `python train.py --out {out}` first")
+    saved = json.loads((checkpoint / "config.json").read_text())
+    model = Llama(ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig)})).to(device).eval()
+    dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint)
+    return model, load_tokens(checkpoint), checkpoint
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(source: Path, tokens: Tokens) -> list[np.ndarray]:
+    """The symbols of a picture, or of every picture below a folder, encoded anew with the settings of the model."""
+    symbols = []
+    items = walk(source) if source.is_dir() else [Item(str(source), 0, -1, source.name)]
+    for item in items:
+        try:
+            symbols.append(tokens.codec.encode(read_square(read_file(item), tokens.codec.size)))
+        except Unusable as reason:
+            print(f"skipped {item.name}: {reason}")
+    if not symbols:
+        raise UserError(f"--prompt {source} holds no usable picture: name an image file, or a folder of them")
+    return symbols
+
+
+def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray], settings: dict, batch: int) -> int:
+    """Complete the prompts (symbols), write the files that are not there yet, and count the valid ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "samples.json"
+    if note.exists() and (changed := differences(json.loads(note.read_text()), settings)):
+        raise UserError(f"{folder} holds other samples ({changed}): choose another folder with --to, or delete this one")
+    note.write_text(json.dumps(settings, indent=1) + "\n")
+    paths = [folder / f"{i:05d}{tokens.codec.suffix}" for i in range(len(prompts))]
+    waiting = [i for i, path in enumerate(paths) if not path.exists()]
+    limits = {name: settings[name] for name in ("temperature", "top_k", "top_p")}
+    with tqdm(total=len(paths), initial=len(paths) - len(waiting), unit=" files", desc=str(folder)) as bar:
+        for numbers in (waiting[first : first + batch] for first in range(0, len(waiting), batch)):
+            begun = [tokens.encode([prompts[i]])[0][:-1] for i in numbers]  # all but the end
+            if max(map(len, begun)) >= model.config.context:
+                raise UserError(f"a prompt of {max(map(len, begun))} tokens fills the context: choose a smaller --keep")
+            rows = generate(model, begun, tokens.end, [(settings["seed"], i) for i in numbers], **limits)
+            for i, row in zip(numbers, rows, strict=True):
+                temporary = paths[i].with_suffix(".part")
+                temporary.write_bytes(tokens.codec.file(tokens.decode(row)))
+                temporary.replace(paths[i])
+                bar.update()
+    symbols = [tokens.codec.symbols(path.read_bytes()) for path in paths]
+    grid([tokens.codec.decode(document) for document in symbols[:64]]).save(folder / "grid.png")
+    return sum(tokens.codec.check(document) is None for document in symbols)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Flags(__doc__)
+    parser.add_argument("run", type=Path, help="run folder that train.py wrote")
+    parser.add_argument("--count", type=int, help="how many files (default: 64), or how many of each prompt (default: 1)")
+    parser.add_argument("--to", type=Path, help="folder to write (default: RUN/samples or RUN/completions)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that make up p (default: 1)")
+    parser.add_argument("--batch", type=int, default=64, help="files at once (default: 64)")
+    parser.add_argument("--prompt", type=Path, help="a picture to complete, or a folder of them")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="share of the rows given (default: 0.5)")
+    flags = parser.parse(arguments)
+    if flags.temperature < 0 or flags.top_k < 0 or not 0 < flags.top_p <= 1 or flags.batch < 1 or (flags.count or 1) < 1:
+        raise UserError("--temperature and --top-k are at least 0, --top-p above 0 up to 1, --batch and --count at least 1")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokens, checkpoint = load_run(flags.run, device)
+    settings = {name: getattr(flags, name) for name in ("seed", "temperature", "top_k", "top_p")}
+    settings |= {"checkpoint": str(checkpoint), "codec": asdict(tokens.codec)}
+    if flags.prompt is None:
+        jobs = {flags.to or flags.run / "samples": [np.empty(0, tokens.dtype)] * (flags.count or 64)}
+    else:
+        if warning := foreign_encoder(checkpoint, tokens.codec):
+            print(f"warning: {warning}")
+        pictures, to = read_prompts(flags.prompt, tokens), flags.to or flags.run / "completions"
+        jobs = {
+            to / f"keep_{keep:g}": [tokens.codec.head(p, keep) for p in pictures for _ in range(flags.count or 1)]
+            for keep in flags.keep
+        }
+    for folder, prompts in jobs.items():
+        more = {"count": len(prompts), "prompt": str(flags.prompt)}
+        valid = write(folder, model, tokens, prompts, settings | more, flags.batch)
+        print(f"{folder}: {valid} of {len(prompts)} are whole valid files")
+
+
+if __name__ == "__main__":
+    run(main)

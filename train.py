@@ -1,0 +1,526 @@
+"""Train a Llama on files.
+
+    python train.py                                                   # ten minutes on a laptop, from drawing to writing
+    python train.py --config tiny --out out/try                       # the same in a minute, to see that it runs
+    python train.py --config base --data data/photos                  # what `python -m data.prepare` made, on a GPU
+    torchrun --nproc-per-node 8 train.py --config 7b --data data/web  # eight GPUs; --nnodes for more machines
+
+The same command continues an interrupted run, on any number of processes that divides the batch.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data.shapes
+from codec import Flags, Tokens, UserError, differences, load_tokens, run
+from model import Llama, ModelConfig
+from sample import checkpoints, generate, grid, newest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    data: str = "data/shapes"  # folder that data.prepare wrote
+    out: str = ""  # run folder: checkpoints, log, samples; empty: out/CONFIG
+    steps: int = 2000  # optimizer steps
+    batch: int = 16  # rows of context tokens per step, over all processes
+    micro: int = 4  # rows per forward pass of one process: to fit memory, or a CPU's cache
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 100  # steps of linear rise, before the cosine fall to a tenth of the peak
+    decay: float = 0.1  # weight decay of the matrices
+    clip: float = 1.0  # largest gradient norm
+    whole: bool = True  # rows begin with a whole document; else they cut the stream anywhere, as the paper's
+    seed: int = 0  # of the weights, the order of the rows and the samples
+    log: int = 20  # steps from one line of the log to the next
+    every: int = 500  # steps from one evaluation, grid and checkpoint to the next
+    samples: int = 36  # pictures in the grid
+    keep: int = 2  # checkpoints kept
+    compile: bool = False  # torch.compile every block: faster, but needs a C++ compiler
+    recompute: bool = False  # redo each block's forward pass in the backward pass, to save memory
+
+
+LLAMA = partial(Config, context=12_288, rope_theta=10_000.0, lr=3e-4, warmup=2000, steps=100_000, batch=512, micro=1,
+                log=10, every=1000, compile=True, recompute=True, whole=False)  # fmt: skip
+
+CONFIGS = {  # Llama's own shapes from 1b on, with the paper's context and learning rate
+    "tiny":  Config(dim=64,   layers=2,  heads=2,  kv_heads=2,  hidden=176,   context=512,  steps=200,    every=100, lr=3e-3),
+    "small": Config(dim=192,  layers=4,  heads=6,  kv_heads=6,  hidden=512,   context=1024, steps=500,    every=125, lr=3e-3),
+    "base":  Config(dim=768,  layers=14, heads=12, kv_heads=12, hidden=2048,  context=2048, steps=20_000, batch=64, micro=16),
+    "1b":    LLAMA(dim=2048, layers=16, heads=32, kv_heads=8,  hidden=8192),
+    "7b":    LLAMA(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),
+    "13b":   LLAMA(dim=5120, layers=40, heads=40, kv_heads=40, hidden=13_824),
+    "70b":   LLAMA(dim=8192, layers=80, heads=64, kv_heads=8,  hidden=28_672),
+}  # fmt: skip
+
+
+def parse_config(arguments: list[str] | None = None) -> Config:
+    """A preset, and over it every field that has a flag.  Errors: UserError."""
+    parser = Flags(__doc__)
+    parser.add_argument("--config", choices=CONFIGS, default="small", help="preset that the flags below change (default: small)")
+    parser.add_fields(Config)
+    given = vars(parser.parse(arguments))
+    name = given.pop("config")
+    config = replace(CONFIGS[name], **given)
+    for field in fields(Config):
+        value = getattr(config, field.name)
+        if field.type in (int, float) and value <= 0 and field.name not in ("seed", "warmup", "decay"):
+            raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be above 0")
+    if config.dim % config.heads or config.heads % config.kv_heads or config.dim // config.heads % 2:
+        raise UserError(f"--dim {config.dim} --heads {config.heads} --kv-heads {config.kv_heads}: each divides the one before, "
+                        f"dim / heads is even")  # fmt: skip
+    return replace(config, out=config.out or f"out/{name}")
+
+
+# --- data: which tokens step s sees is a function of (seed, s) alone ----------------------------------------------------
+
+
+class Stream:
+    """The tokens of one split, all shards one after the other, and where its documents begin."""
+
+    def __init__(self, folder: Path, split: str):
+        shards = json.loads((folder / "report.json").read_text())["shards"]
+        names = sorted(name for name in shards if name.startswith(split))
+        self.shards = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
+        for name, shard in zip(names, self.shards, strict=True):
+            if len(shard) != shards[name]["tokens"]:
+                raise UserError(f"{folder}/{name}.npy has {len(shard):,} tokens, not the {shards[name]['tokens']:,} "
+                                f"of report.json: prepare {folder} anew")  # fmt: skip
+        lengths = np.concatenate([np.load(folder / f"{name}.lengths.npy") for name in names])
+        self.documents = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # where each begins, and the end
+        self.symbols = sum(shards[name]["symbols"] for name in names)
+        self.bounds = np.cumsum([0, *map(len, self.shards)])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens (count,) from `start` on; after the last one comes the first."""
+        pieces = []
+        while count:
+            start %= self.bounds[-1]
+            shard = int(np.searchsorted(self.bounds, start, "right")) - 1
+            pieces.append(self.shards[shard][start - self.bounds[shard] :][:count])
+            start, count = start + len(pieces[-1]), count - len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def rows(self, context: int, whole: bool) -> np.ndarray:
+        """Where the rows of context + 1 tokens begin.
+
+        Cut anywhere, they lie end to end.  Whole, each begins with the first document that does not end in the row before.
+        """
+        total = int(self.bounds[-1])
+        if not whole:
+            return np.arange(0, total - context, context)
+        starts, at = [], 0
+        while at < total:
+            starts.append(at)
+            following = int(self.documents[np.searchsorted(self.documents, at + context + 1, "right") - 1])
+            at = following if following > at else at + context  # a document longer than a row
+        return np.array(starts)
+
+
+def rows_of(step: int, batch: int, count: int, seed: int) -> np.ndarray:
+    """The numbers of the rows of one step (batch,): each of `count` once an epoch, in an order drawn from (seed, epoch)."""
+    places = np.arange(step * batch, (step + 1) * batch)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in np.unique(places // count).tolist()}
+    return np.array([orders[epoch][place] for epoch, place in zip(places // count, places % count, strict=True)])
+
+
+def batch_of(stream: Stream, starts: np.ndarray, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and the tokens that follow: two (B, T)."""
+    tokens = torch.from_numpy(np.stack([stream.read(int(start), context + 1) for start in starts]).astype(np.int64))
+    tokens = tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+# --- optimization -------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, config: Config) -> float:
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def build_optimizer(model: Llama, config: Config) -> torch.optim.Optimizer:
+    """AdamW, the field's usual betas; gains are not decayed."""
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    gains = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": config.decay}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """In nats, from float32 logits; targets of -100 do not count."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+@torch.inference_mode()
+def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device) -> dict[str, float]:
+    """Bits an image and bits a byte over the whole validation set, each document at the beginning of a row of its own."""
+    model.eval()
+    pieces = []
+    for begin, end in zip(stream.documents, stream.documents[1:], strict=False):
+        pieces += [(int(at), int(min(at + config.context + 1, end))) for at in range(begin, end - 1, config.context)]
+    pieces.sort(key=lambda piece: piece[0] - piece[1])  # the longest first: little padding
+    tokens_at_once, batches = config.micro * config.context, []
+    while pieces:
+        count = max(1, tokens_at_once // (pieces[0][1] - pieces[0][0]))
+        batches.append(pieces[:count])
+        pieces = pieces[count:]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for i in range(rank(), -(-len(batches) // world()) * world(), world()):  # as many for each process, for all take part
+        batch = batches[i % len(batches)]
+        tokens = torch.full((len(batch), batch[0][1] - batch[0][0]), -100)
+        for row, (begin, end) in zip(tokens, batch, strict=True):
+            row[: end - begin] = torch.from_numpy(stream.read(begin, end - begin).astype(np.int64))
+        tokens = tokens.to(device)
+        loss = cross_entropy(model(tokens[:, :-1].clamp(min=0)), tokens[:, 1:], "sum")
+        total += loss if i < len(batches) else 0
+    bits = add_up(total).item() / math.log(2)
+    model.train()
+    return {"bits_per_byte": bits / stream.symbols, "bits_per_image": bits / (len(stream.documents) - 1)}
+
+
+def train(config: Config) -> None:
+    """Train, or continue to train, into config.out.  Errors: UserError."""
+    device, out = start(), Path(config.out)
+    say = tqdm.write if rank() == 0 else lambda *_, **__: None
+    if config.data == Config.data and rank() == 0 and not Path(config.data, "report.json").exists():
+        data.shapes.make(Path(config.data))
+    barrier()
+    tokens = load_tokens(Path(config.data))
+    streams = {split: Stream(Path(config.data), split) for split in ("train", "val")}
+    config = replace(config, vocab=tokens.vocab)
+    rows = streams["train"].rows(config.context, config.whole)
+    if streams["train"].bounds[-1] <= config.context:
+        raise UserError(f"{config.data} has {streams['train'].bounds[-1]:,} tokens to train on, not one row of {config.context + 1}: "
+                        f"prepare more images, or choose a smaller --context")  # fmt: skip
+    share = config.batch // world()
+    if config.batch % world() or share % min(config.micro, share):
+        raise UserError(f"--batch {config.batch} does not divide into {world()} processes and passes of --micro {config.micro}")
+    micro = min(config.micro, share)
+
+    model = build_model(config, device)
+    optimizer = build_optimizer(model, config)
+    if rank() == 0:
+        open_run(out, config, tokens)
+    barrier()
+    step = load_checkpoint(out, model, optimizer, say)
+    log = Log(out, step)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    flops = 6 * parameters + 12 * config.layers * config.dim * config.context  # a token, as torchtitan counts them
+    peak = peak_flops(device) * world()
+    bytes_per_token = streams["train"].symbols / streams["train"].bounds[-1]
+    say(f"{parameters:,} parameters; {len(rows):,} rows of {config.context} tokens, {config.steps * config.batch / len(rows):.1f} "
+        f"epochs; {world()} x {device.type}; from step {step} of {config.steps}")  # fmt: skip
+
+    started, first, waiting = time.perf_counter(), step, []
+    bar = tqdm(total=config.steps, initial=step, unit=" steps", disable=rank() != 0, smoothing=0.05)
+    while step < config.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        numbers = rows_of(step, config.batch, len(rows), config.seed)
+        loss, mine = torch.zeros((), device=device), numbers[rank() :: world()]
+        for at in range(0, share, micro):
+            x, y = batch_of(streams["train"], rows[mine[at : at + micro]], config.context, device)
+            sync_gradients(model, at + micro == share)  # add gradients up here, exchange them once
+            part = cross_entropy(model(x), y) * (micro / share)
+            part.backward()
+            loss += part.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not torch.isfinite(norm):
+            raise UserError(f"the gradient of step {step} is {norm.item()} (loss {loss.item()}, rows {numbers.tolist()}): lower "
+                            f"--lr or look at these rows; {out} is as it was at its last checkpoint")  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        waiting.append(loss)
+        bar.update()
+        due = step % config.every == 0 or step == config.steps
+        if step % config.log == 0 or due:
+            mean = (add_up(torch.stack(waiting).mean()) / world()).item()
+            pace = (time.perf_counter() - started) / (step - first)
+            record = {"step": step, "loss": mean, "bits_per_byte": mean / math.log(2) / bytes_per_token, "norm": norm.item(),
+                      "lr": learning_rate(step - 1, config), "tokens_per_second": config.batch * config.context / pace,
+                      "peak_share": config.batch * config.context / pace * flops / peak, "memory_gb": memory(device),
+                      "seconds_left": pace * (config.steps - step)}  # fmt: skip
+            waiting = []
+            log.write(record)
+            bar.set_postfix_str("")
+            say("step {step}  loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  norm {norm:.2f}  {tokens_per_second:,.0f} tokens/s  "
+                "{peak_share:.0%} of peak  {memory_gb:.1f} GB  {seconds_left:.0f} s left".format(**record))  # fmt: skip
+        if due:
+            pause = time.perf_counter()
+            result = evaluate(model, streams["val"], config, device)
+            log.write({"step": step, **{f"val_{name}": value for name, value in result.items()}})
+            say("step {}  validation: {bits_per_image:.1f} bits an image, {bits_per_byte:.3f} bits a byte".format(step, **result))
+            show(model, tokens, out, step, config, log)
+            save_checkpoint(out, model, optimizer, step, config, say)
+            started += time.perf_counter() - pause
+    bar.close()
+    say(f"{out}: checkpoint, log.jsonl, loss.png and grids; `python sample.py {out}` writes files")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_model(config: Config, device: torch.device) -> Llama:
+    """Meta, shard, allocate, then initialise: no process ever holds more than its part."""
+    with torch.device("meta"):
+        model = Llama(config)
+    for block in model.layers:
+        if config.recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if config.compile:
+            block.compile()
+    if dist.is_initialized():
+        shard(model, device)
+    model.to_empty(device=device)
+    model.init_weights(config.seed)
+    return model.train()
+
+
+# --- what a run shows of itself -----------------------------------------------------------------------------------------
+
+
+def open_run(out: Path, config: Config, tokens: Tokens) -> None:
+    """Make the run folder, or refuse one whose run was another; note how the run was started."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, now = out / "config.json", {**asdict(config), "codec": asdict(tokens.codec), "merges": len(tokens.merges)}
+    if path.exists():
+        free = {"out", "log", "every", "samples", "keep", "micro", "compile", "recompute"}  # may change while a run goes on
+        before = json.loads(path.read_text())
+        if changed := differences(*({k: v for k, v in c.items() if k not in free} for c in (before, json.loads(json.dumps(now))))):
+            raise UserError(f"{out} is another run ({changed}): choose another --out, or give back what it was started with")
+    path.write_text(json.dumps(now, indent=1) + "\n")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    note = {"command": sys.argv, "commit": git.stdout.strip(), "python": platform.python_version(), "torch": torch.__version__,
+            "machine": platform.processor() or platform.machine(), "processes": world(), "time": time.strftime("%F %T")}  # fmt: skip
+    with open(out / "started.jsonl", "a") as file:
+        file.write(json.dumps(note) + "\n")
+    shutil.copy(Path(config.data, "codec.json"), out)
+
+
+class Log:
+    """OUT/log.jsonl; a run that continues takes back what was logged after its checkpoint."""
+
+    def __init__(self, out: Path, step: int):
+        self.path = out / "log.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.records = [record for record in map(json.loads, filter(complete, lines)) if record["step"] <= step]
+        if rank() == 0:
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+
+    def write(self, record: dict) -> None:
+        self.records.append(record)
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def complete(line: str) -> bool:
+    return line.endswith("}")
+
+
+def show(model: Llama, tokens: Tokens, out: Path, step: int, config: Config, log: Log) -> None:
+    """Write OUT/grids/STEP.png, a grid of what the model writes now, and OUT/loss.png."""
+    model.eval()
+    begun = [np.array([tokens.start])] * config.samples
+    written = []
+    for first in range(0, config.samples, 64):
+        seeds = [(config.seed, i) for i in range(first, min(first + 64, config.samples))]
+        written += generate(model, begun[first : first + 64], tokens.end, seeds)
+    model.train()
+    if rank() == 0:
+        (out / "grids").mkdir(exist_ok=True)
+        grid([tokens.codec.decode(tokens.decode(row[1:])) for row in written]).save(out / "grids" / f"{step:06d}.png")
+        draw_curve(log.records).save(out / "loss.png")
+
+
+def draw_curve(records: list[dict], width: int = 960, height: int = 540) -> Image.Image:
+    """Bits a byte over steps: training as a line, validation as dots."""
+    curves = {
+        "training": [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r],
+        "validation": [(r["step"], r["val_bits_per_byte"]) for r in records if "val_bits_per_byte" in r],
+    }
+    points = [point for curve in curves.values() for point in curve]
+    right, bottom = max(x for x, _ in points), 0.0 if min(y for _, y in points) < 1 else math.floor(min(y for _, y in points))
+    top = max(bottom + 1, math.ceil(max(y for _, y in points)))
+    image, small = Image.new("RGB", (width, height), "white"), ImageFont.load_default(size=16)
+    pen, box = ImageDraw.Draw(image), (70, 50, width - 30, height - 60)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return box[0] + (box[2] - box[0]) * x / right, box[3] - (box[3] - box[1]) * (y - bottom) / (top - bottom)
+
+    for i in range(6):
+        y, x = bottom + (top - bottom) * i / 5, right * i / 5
+        pen.line([place(0, y), place(right, y)], fill=(225, 225, 225))
+        pen.text((box[0] - 10, place(0, y)[1]), f"{y:.1f}", "black", small, anchor="rm")
+        pen.text((place(x, bottom)[0], box[3] + 10), f"{x:,.0f}", "black", small, anchor="mt")
+    pen.text((box[0], 18), "bits per byte", "black", ImageFont.load_default(size=18))
+    pen.text((width / 2, height - 12), "steps", "black", small, anchor="mb")
+    for i, (name, colour) in enumerate((("training", (60, 120, 200)), ("validation", (220, 90, 30)))):
+        where = [place(*point) for point in curves[name]]
+        if name == "training":
+            pen.line(where, fill=colour, width=2, joint="curve")
+        else:
+            for x, y in where:
+                pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        last = f"{name} {curves[name][-1][1]:.3f}" if curves[name] else name
+        pen.text((width - 30, 18 + 22 * i), last, colour, ImageFont.load_default(size=18), anchor="rt")
+    return image
+
+
+def peak_flops(device: torch.device) -> float:
+    """The chip's dense bf16 peak where it is known; else what a large float32 matrix product reaches here, FLOP/s."""
+    if device.type == "cuda":
+        known = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+        name = torch.cuda.get_device_name(device)
+        if peak := next((peak for chip, peak in known.items() if chip in name), None):
+            return peak
+    a = torch.randn(1024, 1024, device=device)
+    times = []
+    for _ in range(10):
+        before = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - before)
+    return 2 * 1024**3 / min(times)
+
+
+def memory(device: torch.device) -> float:
+    """The most that this process has held, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int, config: Config, say) -> None:
+    """Write OUT/step_N.  It is written elsewhere, then synced, then renamed: under its name it is whole or not there."""
+    path, part = out / f"step_{step:08d}", out / f"step_{step:08d}.part"
+    weights, moments = get_state_dict(model, optimizer)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process saves alone is meant
+            dcp.save({"model": weights, "optimizer": moments, "step": step}, checkpoint_id=part)
+        if rank() == 0:
+            shutil.copy(out / "codec.json", part)
+            (part / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+            files = sorted(part.iterdir())
+            manifest = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+            (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+            for file in (*files, part / "manifest.json", part):
+                sync(file)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(part, path)
+            sync(out)
+    except (OSError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"could not save {path} ({error}): the checkpoint before it is whole; make room and continue") from None
+    barrier()
+    if rank() == 0:
+        for old in checkpoints(out)[config.keep :]:
+            shutil.rmtree(old)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, say) -> int:
+    """Continue from the newest undamaged checkpoint, if there is one, and return its step."""
+    path = newest(out, say)
+    if path is None:
+        return 0
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments, "step": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return state["step"]
+
+
+# --- many processes: alone on a CPU, none of this happens ---------------------------------------------------------------
+
+
+def start() -> torch.device:
+    """Join the processes that torchrun started; one GPU is a world of one, one CPU needs none."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    elif kind == "cuda":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def add_up(value: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def sync_gradients(model: Llama, on: bool) -> None:
+    if dist.is_initialized():
+        model.set_requires_gradient_sync(on)
+
+
+def shard(model: Llama, device: torch.device) -> None:
+    """FSDP2: split every weight over the processes, block by block; compute in bf16 where there is a GPU for it, keep the
+    weights, their gradients' sums and their moments in float32."""
+    mesh = init_device_mesh(device.type, (world(),))
+    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    for module in [*model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+if __name__ == "__main__":
+    run(lambda: train(parse_config()))
