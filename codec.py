@@ -1,7 +1,7 @@
 """Pixels to the bytes of a file to tokens, and back: what the model reads and writes.
 
-An image is already a sequence of symbols: its file.  Han et al. 2024, JPEG-LM (arXiv:2408.08459), train a language model on
-just those bytes.  Three steps, each exactly undone by the one below it:
+An image is already a sequence of symbols: its file.  Han et al. 2024, JPEG-LM (arXiv:2408.08459), train a language
+model on just those bytes.  Three steps, each exactly undone by the one below it:
 
     pixels (H, W, 3) uint8    a canonical codec: the same pixels always give the same file
       symbols (n,) uint8      its bytes, without those that are the same in every file
@@ -36,7 +36,8 @@ class UserError(ValueError):
 
 
 class Codec(Protocol):
-    """What train.py and sample.py ask of a codec: a frozen dataclass whose fields are its settings, with these beside."""
+    """What train.py and sample.py ask of a codec: a frozen dataclass whose fields are its settings, with these
+    beside."""
 
     vocab: int  # symbols are below this
     suffix: str  # of the files it writes
@@ -49,17 +50,17 @@ class Codec(Protocol):
     def head(self, symbols: np.ndarray, keep: float) -> np.ndarray: ...  # the symbols of the top part of the picture
 
 
-# --- JPEG ---------------------------------------------------------------------------------------------------------------
+# --- JPEG -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class JPEG:
     """Baseline JPEG without its tables, as in section 3.1 of the paper.
 
-    The quantization and Huffman tables are the same in every file of one quality, so they are left out and put back for the
-    viewer.  A restart marker after every minimum coded unit (MCU, 16x16 pixels at 4:2:0) resets the decoder: a wrong byte
-    spoils its MCU and no other.  With `header` the sequence is the file from SOI to EOI, as in the paper; without, only the
-    entropy-coded data between the constant header and EOI.
+    The quantization and Huffman tables are the same in every file of one quality, so they are left out and put back
+    for the viewer.  A restart marker after every minimum coded unit (MCU, 16x16 pixels at 4:2:0) resets the decoder:
+    a wrong byte spoils its MCU and no other.  With `header` the sequence is the file from SOI to EOI, as in the
+    paper; without, only the entropy-coded data between the constant header and EOI.
     """
 
     size: int = 64  # pixels, both ways
@@ -89,12 +90,15 @@ class JPEG:
 
     def decode(self, symbols: np.ndarray) -> np.ndarray:
         """Any symbols to pixels (size, size, 3) uint8; what cannot be read is grey, what is too much is left out."""
-        scan = re.sub(rb"\xff+[^\x00\xd0-\xd7\xff]", b"", self._scan(symbols))  # libjpeg obeys other markers, or gives up
+        scan = re.sub(
+            rb"\xff+[^\x00\xd0-\xd7\xff]", b"", self._scan(symbols)
+        )  # libjpeg obeys other markers, or gives up
         with Image.open(io.BytesIO(self._whole(scan))) as image:
             return np.asarray(image.convert("RGB"))
 
     def file(self, symbols: np.ndarray) -> bytes:
-        """The symbols as they are, with the tables and what else was left out put back: a file that any viewer opens."""
+        """The symbols as they are, with the tables and what else was left out put back: a file that any viewer
+        opens."""
         data = bytes(np.asarray(symbols, np.uint8))
         return data[: len(SOI)] + self.tables + data[len(SOI) :] if self.header else self._whole(data)
 
@@ -106,9 +110,9 @@ class JPEG:
     def check(self, symbols: np.ndarray) -> str | None:
         """None for a whole valid file, else a sentence saying what is wrong where.
 
-        Valid is what T.81 allows: every code is in the Huffman tables, no block has more than 64 coefficients, every FF is
-        stuffed (F.1.2.3), bytes are filled up with ones, restart markers count modulo 8 (E.1.4), and there are exactly the
-        MCUs that the frame needs.  Offsets count the bytes of the sequence.
+        Valid is what T.81 allows: every code is in the Huffman tables, no block has more than 64 coefficients, every
+        FF is stuffed (F.1.2.3), bytes are filled up with ones, restart markers count modulo 8 (E.1.4), and there are
+        exactly the MCUs that the frame needs.  Offsets count the bytes of the sequence.
         """
         data, at = bytes(symbols), 0
         if self.header:
@@ -123,7 +127,9 @@ class JPEG:
             if first:
                 marker = bytes([0xFF, 0xD0 + (first // last - 1) % 8])
                 if data[at : at + 2] != marker:
-                    return f"byte {at}: {data[at : at + 2].hex() or 'the end'} where restart marker {marker.hex()} is due"
+                    return (
+                        f"byte {at}: {data[at : at + 2].hex() or 'the end'} where restart marker {marker.hex()} is due"
+                    )
                 at += 2
             while mcu < until:
                 if at == len(data):
@@ -151,7 +157,8 @@ class JPEG:
         return None
 
     def head(self, symbols: np.ndarray, keep: float) -> np.ndarray:
-        """The symbols of the top `keep` of the picture, in whole rows of MCUs, up to and with the restart marker after them."""
+        """The symbols of the top `keep` of the picture, in whole rows of MCUs, up to and with the restart marker
+        after them."""
         rows = round(keep * self.rows)
         if self.restart != 1:
             raise UserError(f"restart is {self.restart}: only a restart marker after every MCU tells where a row ends")
@@ -172,7 +179,8 @@ class JPEG:
 
     @cached_property
     def tables(self) -> bytes:
-        """The segments that `streamtype=1` writes (DQT, DHT), which are left out of the sequence (B.5, abbreviated format)."""
+        """The segments that `streamtype=1` writes (DQT, DHT), which are left out of the sequence (B.5, abbreviated
+        format)."""
         return self._write(np.zeros((self.size, self.size, 3), np.uint8), streamtype=1)[len(SOI) : -len(EOI)]
 
     @cached_property
@@ -210,9 +218,11 @@ BLOCKS = {"4:2:0": Blocks(luma=4, scale=2), "4:4:4": Blocks(luma=1, scale=1)}
 
 @cache
 def huffman_trees() -> dict[tuple[int, int], list[list[int | None]]]:
-    """The Huffman trees of the DHT segments that the encoder writes (B.2.4.2), by (class, identifier): DC 0 or AC 1, luma 0 or chroma 1.
+    """The Huffman trees of the DHT segments that the encoder writes (B.2.4.2), by (class, identifier): DC 0 or AC 1,
+    luma 0 or chroma 1.
 
-    A tree is a list of nodes; a node's two entries, one per bit, are the next node's index, -1 - value at a leaf, or None.
+    A tree is a list of nodes; a node's two entries, one per bit, are the next node's index, -1 - value at a leaf, or
+    None.
     """
     tables, at, trees = JPEG().tables, 0, {}
     while at < len(tables):
@@ -242,9 +252,10 @@ def huffman_trees() -> dict[tuple[int, int], list[list[int | None]]]:
 def scan_automaton(subsampling: str):
     """What may follow, bit by bit, inside an MCU: (steps, end, place).
 
-    A state is (block of the MCU, index of the coefficient in zigzag order, node of the Huffman tree or extra bits left), which
-    is all that the reader of a baseline scan remembers (F.2.2).  `steps[2 * state + bit]` is the next state: `end` after the
-    last bit of the MCU, -1 where the bit is not allowed.  State 0 begins an MCU; `place(state)` says where a state is.
+    A state is (block of the MCU, index of the coefficient in zigzag order, node of the Huffman tree or extra bits
+    left), which is all that the reader of a baseline scan remembers (F.2.2).  `steps[2 * state + bit]` is the next
+    state: `end` after the last bit of the MCU, -1 where the bit is not allowed.  State 0 begins an MCU;
+    `place(state)` says where a state is.
     """
     trees, luma = huffman_trees(), BLOCKS[subsampling].luma
     nodes = max(map(len, trees.values()))
@@ -270,11 +281,15 @@ def scan_automaton(subsampling: str):
                     if child >= 0:
                         following = state + child
                     else:
-                        run, extra = divmod(-1 - child, 16)  # zeros before the coefficient, bits of its value (F.1.2.2.1)
+                        run, extra = divmod(
+                            -1 - child, 16
+                        )  # zeros before the coefficient, bits of its value (F.1.2.2.1)
                         after = coefficient + run + 1
                         if coefficient and (run, extra) == (0, 0):
                             after = 64  # end of block
-                        fits = after < 64 or after == 64 and (run, extra) != (15, 0)  # a run of 16 zeros is followed by more
+                        fits = (
+                            after < 64 or after == 64 and (run, extra) != (15, 0)
+                        )  # a run of 16 zeros is followed by more
                         following = reach(block, after, extra) if fits else -1
                     steps[2 * (state + node) + bit] = following
 
@@ -285,15 +300,16 @@ def scan_automaton(subsampling: str):
     return steps, end, place
 
 
-# --- byte pairs -----------------------------------------------------------------------------------------------------------
+# --- byte pairs -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Symbols as the model reads them: below `codec.vocab` a token is a symbol, then come the learned pairs, start and end.
+    """Symbols as the model reads them: below `codec.vocab` a token is a symbol, then come the learned pairs, start
+    and end.
 
-    Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909): merge i replaces every two neighbours `merges[i]`, from left to
-    right, by token `codec.vocab + i`, merges in the order in which they were learned.
+    Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909): merge i replaces every two neighbours `merges[i]`,
+    from left to right, by token `codec.vocab + i`, merges in the order in which they were learned.
     """
 
     codec: Codec
@@ -314,12 +330,14 @@ class Tokens:
     def encode(self, documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Documents of symbols to one stream (n,) uint16 of start, tokens, end, start, ... and the length of each.
 
-        The stream is turned into a string with a character for each token, for then a merge is a search and replace at the speed
-        of C, over many documents at once (split and join is a third faster than `str.replace`).  No merge reaches across
-        documents, since none holds a start or an end.
+        The stream is turned into a string with a character for each token, for then a merge is a search and replace
+        at the speed of C, over many documents at once (split and join is a third faster than `str.replace`).  No
+        merge reaches across documents, since none holds a start or an end.
         """
         start, end = np.array([self.start], np.uint16), np.array([self.end], np.uint16)
-        text = to_text(np.concatenate([part for document in documents for part in (start, document, end)]).astype(np.uint16))
+        text = to_text(
+            np.concatenate([part for document in documents for part in (start, document, end)]).astype(np.uint16)
+        )
         for token, (left, right) in enumerate(self.merges, self.codec.vocab):
             text = chr(token).join(text.split(chr(left) + chr(right)))
         stream = from_text(text)
@@ -328,8 +346,15 @@ class Tokens:
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """The symbols of one document's tokens, up to its end if it has one."""
         ends = np.flatnonzero(tokens == self.end)
-        known = [self.expansions[token] for token in tokens[: ends[0] if len(ends) else None].tolist() if token < self.start]
+        known = [
+            self.expansions[token] for token in tokens[: ends[0] if len(ends) else None].tolist() if token < self.start
+        ]
         return np.concatenate([np.empty(0, self.dtype), *known])
+
+    @property
+    def hash(self) -> str:
+        """Short, of all that gives a token its meaning."""
+        return hashlib.sha256(repr((self.codec, self.merges)).encode()).hexdigest()[:16]
 
     @property
     def dtype(self) -> type:
@@ -345,12 +370,15 @@ class Tokens:
 
 
 def learn_pairs(codec: Codec, documents: Sequence[np.ndarray], vocab: int) -> Tokens:
-    """Merge the most frequent pair of neighbours (the smallest of equals) until there are `vocab` tokens or no pair is left."""
+    """Merge the most frequent pair of neighbours (the smallest of equals) until there are `vocab` tokens or no pair
+    is left."""
     if not codec.vocab + 2 <= vocab <= 0xD800:  # above are the characters that a string cannot hold
         raise UserError(f"vocab is {vocab}: choose {codec.vocab + 2} (no pairs) to {0xD800:,}")
     text, merges = to_text(Tokens(codec).encode(documents)[0]), []
     start, end = chr(codec.vocab), chr(codec.vocab + 1)
-    text = text.replace(start, "").replace(end, chr(vocab - 1))  # only one mark between documents, above all tokens to be
+    text = text.replace(start, "").replace(
+        end, chr(vocab - 1)
+    )  # only one mark between documents, above all tokens to be
     for token in range(codec.vocab, vocab - 2):
         stream = from_text(text).astype(np.int64)
         counts = np.bincount(stream[:-1] * vocab + stream[1:], minlength=vocab * vocab).reshape(vocab, vocab)[:-1, :-1]
@@ -370,13 +398,14 @@ def from_text(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-16-le"), "<u2").astype(np.uint16)
 
 
-# --- codec.json: settings are typed once, in data.prepare, and travel with the data and the model ---------------------------
+# --- codec.json: settings are typed once, in data.prepare, and travel with the data and the model -------------------
 
 CODECS = {"jpeg": JPEG}
 
 
 def fingerprint(codec: Codec) -> str:
-    """A hash of what this machine's encoder makes of a fixed picture, for versions of libjpeg may differ in their bytes."""
+    """A hash of what this machine's encoder makes of a fixed picture, for versions of libjpeg may differ in their
+    bytes."""
     y, x = np.mgrid[: codec.size, : codec.size]
     picture = np.stack([x * y % 251, (x + y) ** 2 % 241, (x // 8 + y // 8) % 2 * 200], -1).astype(np.uint8)
     return hashlib.sha256(codec.encode(picture).tobytes()).hexdigest()[:16]
@@ -416,14 +445,16 @@ def foreign_encoder(folder: Path, codec: Codec) -> str | None:
     return f"{folder} was encoded by {settings['encoder']}, but {encoder()} here writes other bytes for the same pixels"
 
 
-# --- command lines ----------------------------------------------------------------------------------------------------------
+# --- command lines --------------------------------------------------------------------------------------------------
 
 
 class Flags(argparse.ArgumentParser):
     """A parser whose flags are the fields of dataclasses, with the comment behind each field as its help."""
 
     def __init__(self, description: str):
-        super().__init__(allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
 
     def add_fields(self, kind: type) -> None:
         source = "".join(inspect.getsource(base) for base in reversed(kind.__mro__) if base is not object)

@@ -4,8 +4,9 @@
     python sample.py out/small --prompt cat.png --keep 0.5            # complete the lower half of a picture
     python sample.py out/small --prompt photos --keep 0.25 0.5 0.75 --to completed
 
-Each picture has a seed of its own, (--seed, its number), so it does not depend on the batch it is drawn in.  The files hold the
-very bytes that the model wrote, with the tables put back; the last line counts how many are whole valid files.
+Each picture has a seed of its own, (--seed, its number), so it does not depend on the batch it is drawn in.  The
+files hold the very bytes that the model wrote, with the tables put back; the last line counts how many are whole
+valid files.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from codec import Flags, Tokens, UserError, differences, foreign_encoder, load_t
 from data.prepare import Item, Unusable, read_file, read_square, walk
 from model import Cache, Llama, ModelConfig
 
-# --- generation ---------------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------------------------
 
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -96,7 +97,7 @@ def grid(pictures: list[np.ndarray], columns: int | None = None) -> Image.Image:
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-# --- a run folder -------------------------------------------------------------------------------------------------------
+# --- a run folder ---------------------------------------------------------------------------------------------------
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -138,7 +139,7 @@ def load_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
     return model, load_tokens(checkpoint), checkpoint
 
 
-# --- the command --------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------------------------
 
 
 def read_prompts(source: Path, tokens: Tokens) -> list[np.ndarray]:
@@ -160,7 +161,9 @@ def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray],
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "samples.json"
     if note.exists() and (changed := differences(json.loads(note.read_text()), settings)):
-        raise UserError(f"{folder} holds other samples ({changed}): choose another folder with --to, or delete this one")
+        raise UserError(
+            f"{folder} holds other samples ({changed}): choose another folder with --to, or delete this one"
+        )
     note.write_text(json.dumps(settings, indent=1) + "\n")
     paths = [folder / f"{i:05d}{tokens.codec.suffix}" for i in range(len(prompts))]
     waiting = [i for i, path in enumerate(paths) if not path.exists()]
@@ -184,18 +187,30 @@ def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray],
 def main(arguments: list[str] | None = None) -> None:
     parser = Flags(__doc__)
     parser.add_argument("run", type=Path, help="run folder that train.py wrote")
-    parser.add_argument("--count", type=int, help="how many files (default: 64), or how many of each prompt (default: 1)")
+    parser.add_argument(
+        "--count", type=int, help="how many files (default: 64), or how many of each prompt (default: 1)"
+    )
     parser.add_argument("--to", type=Path, help="folder to write (default: RUN/samples or RUN/completions)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all (default: 0)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all (default: 0)"
+    )
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that make up p (default: 1)")
     parser.add_argument("--batch", type=int, default=64, help="files at once (default: 64)")
     parser.add_argument("--prompt", type=Path, help="a picture to complete, or a folder of them")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="share of the rows given (default: 0.5)")
     flags = parser.parse(arguments)
-    if flags.temperature < 0 or flags.top_k < 0 or not 0 < flags.top_p <= 1 or flags.batch < 1 or (flags.count or 1) < 1:
-        raise UserError("--temperature and --top-k are at least 0, --top-p above 0 up to 1, --batch and --count at least 1")
+    if (
+        flags.temperature < 0
+        or flags.top_k < 0
+        or not 0 < flags.top_p <= 1
+        or flags.batch < 1
+        or (flags.count or 1) < 1
+    ):
+        raise UserError(
+            "--temperature and --top-k are at least 0, --top-p above 0 up to 1, --batch and --count at least 1"
+        )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokens, checkpoint = load_run(flags.run, device)

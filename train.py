@@ -63,24 +63,35 @@ class Config(ModelConfig):
     recompute: bool = False  # redo each block's forward pass in the backward pass, to save memory
 
 
-LLAMA = partial(Config, context=12_288, rope_theta=10_000.0, lr=3e-4, warmup=2000, steps=100_000, batch=512, micro=1,
-                log=10, every=1000, compile=True, recompute=True, whole=False)  # fmt: skip
-
-CONFIGS = {  # Llama's own shapes from 1b on, with the paper's context and learning rate
-    "tiny":  Config(dim=64,   layers=2,  heads=2,  kv_heads=2,  hidden=176,   context=512,  steps=200,    every=100, lr=3e-3),
-    "small": Config(dim=192,  layers=4,  heads=6,  kv_heads=6,  hidden=512,   context=1024, steps=500,    every=125, lr=3e-3),
-    "base":  Config(dim=768,  layers=14, heads=12, kv_heads=12, hidden=2048,  context=2048, steps=20_000, batch=64, micro=16),
-    "1b":    LLAMA(dim=2048, layers=16, heads=32, kv_heads=8,  hidden=8192),
-    "7b":    LLAMA(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),
-    "13b":   LLAMA(dim=5120, layers=40, heads=40, kv_heads=40, hidden=13_824),
-    "70b":   LLAMA(dim=8192, layers=80, heads=64, kv_heads=8,  hidden=28_672),
+PAPER = partial(
+    Config,
+    context=12_288,
+    lr=3e-4,
+    warmup=2000,
+    steps=100_000,
+    batch=512,
+    micro=1,
+    whole=False,
+    compile=True,
+    recompute=True,
+)
+CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning rate are the paper's, the rest is ours
+    "tiny":  Config(dim=64, layers=2, heads=2, kv_heads=2, hidden=176, context=512, steps=200, every=100, lr=3e-3),
+    "small": Config(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, batch=8, every=200, lr=3e-3),
+    "base":  Config(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, context=2048, batch=64, micro=16, steps=20_000),
+    "1b":    PAPER(dim=2048, layers=16, heads=32, kv_heads=8, hidden=8192),
+    "7b":    PAPER(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),
+    "13b":   PAPER(dim=5120, layers=40, heads=40, kv_heads=40, hidden=13_824),
+    "70b":   PAPER(dim=8192, layers=80, heads=64, kv_heads=8, hidden=28_672),
 }  # fmt: skip
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     """A preset, and over it every field that has a flag.  Errors: UserError."""
     parser = Flags(__doc__)
-    parser.add_argument("--config", choices=CONFIGS, default="small", help="preset that the flags below change (default: small)")
+    parser.add_argument(
+        "--config", choices=CONFIGS, default="small", help="preset that the flags below change (default: small)"
+    )
     parser.add_fields(Config)
     given = vars(parser.parse(arguments))
     name = given.pop("config")
@@ -90,12 +101,12 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         if field.type in (int, float) and value <= 0 and field.name not in ("seed", "warmup", "decay"):
             raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be above 0")
     if config.dim % config.heads or config.heads % config.kv_heads or config.dim // config.heads % 2:
-        raise UserError(f"--dim {config.dim} --heads {config.heads} --kv-heads {config.kv_heads}: each divides the one before, "
-                        f"dim / heads is even")  # fmt: skip
+        shape = f"--dim {config.dim} --heads {config.heads} --kv-heads {config.kv_heads}"
+        raise UserError(f"{shape}: each must divide the one before, and dim / heads be even")
     return replace(config, out=config.out or f"out/{name}")
 
 
-# --- data: which tokens step s sees is a function of (seed, s) alone ----------------------------------------------------
+# --- data: which tokens step s sees is a function of (seed, s) alone ------------------------------------------------
 
 
 class Stream:
@@ -107,8 +118,7 @@ class Stream:
         self.shards = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
         for name, shard in zip(names, self.shards, strict=True):
             if len(shard) != shards[name]["tokens"]:
-                raise UserError(f"{folder}/{name}.npy has {len(shard):,} tokens, not the {shards[name]['tokens']:,} "
-                                f"of report.json: prepare {folder} anew")  # fmt: skip
+                raise UserError(f"{folder}/{name}.npy has not the tokens that report.json says: prepare {folder} anew")
         lengths = np.concatenate([np.load(folder / f"{name}.lengths.npy") for name in names])
         self.documents = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # where each begins, and the end
         self.symbols = sum(shards[name]["symbols"] for name in names)
@@ -127,7 +137,8 @@ class Stream:
     def rows(self, context: int, whole: bool) -> np.ndarray:
         """Where the rows of context + 1 tokens begin.
 
-        Cut anywhere, they lie end to end.  Whole, each begins with the first document that does not end in the row before.
+        Cut anywhere, they lie end to end.  Whole, each begins with the first document that does not end in the row
+        before.
         """
         total = int(self.bounds[-1])
         if not whole:
@@ -141,9 +152,12 @@ class Stream:
 
 
 def rows_of(step: int, batch: int, count: int, seed: int) -> np.ndarray:
-    """The numbers of the rows of one step (batch,): each of `count` once an epoch, in an order drawn from (seed, epoch)."""
+    """The numbers of the rows of one step (batch,): each of `count` once an epoch, in an order drawn from (seed,
+    epoch)."""
     places = np.arange(step * batch, (step + 1) * batch)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in np.unique(places // count).tolist()}
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in np.unique(places // count).tolist()
+    }
     return np.array([orders[epoch][place] for epoch, place in zip(places // count, places % count, strict=True)])
 
 
@@ -154,7 +168,7 @@ def batch_of(stream: Stream, starts: np.ndarray, context: int, device: torch.dev
     return tokens[:, :-1], tokens[:, 1:]
 
 
-# --- optimization -------------------------------------------------------------------------------------------------------
+# --- optimization ---------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -179,7 +193,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
 @torch.inference_mode()
 def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device) -> dict[str, float]:
-    """Bits an image and bits a byte over the whole validation set, each document at the beginning of a row of its own."""
+    """Bits an image and bits a byte over the whole validation set, each document at the beginning of a row of its
+    own."""
     model.eval()
     pieces = []
     for begin, end in zip(stream.documents, stream.documents[1:], strict=False):
@@ -191,7 +206,9 @@ def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device)
         batches.append(pieces[:count])
         pieces = pieces[count:]
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for i in range(rank(), -(-len(batches) // world()) * world(), world()):  # as many for each process, for all take part
+    for i in range(
+        rank(), -(-len(batches) // world()) * world(), world()
+    ):  # as many for each process, for all take part
         batch = batches[i % len(batches)]
         tokens = torch.full((len(batch), batch[0][1] - batch[0][0]), -100)
         for row, (begin, end) in zip(tokens, batch, strict=True):
@@ -202,6 +219,12 @@ def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device)
     bits = add_up(total).item() / math.log(2)
     model.train()
     return {"bits_per_byte": bits / stream.symbols, "bits_per_image": bits / (len(stream.documents) - 1)}
+
+
+LINE = (
+    "step {step}  loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  norm {norm:.2f}  {tokens_per_second:,.0f} tokens/s  "
+    "{peak_share:.0%} of peak  {memory_gb:.1f} GB  {seconds_left:.0f} s left"
+)
 
 
 def train(config: Config) -> None:
@@ -215,12 +238,13 @@ def train(config: Config) -> None:
     streams = {split: Stream(Path(config.data), split) for split in ("train", "val")}
     config = replace(config, vocab=tokens.vocab)
     rows = streams["train"].rows(config.context, config.whole)
-    if streams["train"].bounds[-1] <= config.context:
-        raise UserError(f"{config.data} has {streams['train'].bounds[-1]:,} tokens to train on, not one row of {config.context + 1}: "
-                        f"prepare more images, or choose a smaller --context")  # fmt: skip
+    if (total := streams["train"].bounds[-1]) <= config.context:
+        row = f"--context {config.context}"
+        raise UserError(f"{config.data} has {total:,} tokens, not one row of {row}: prepare more images, or lower it")
     share = config.batch // world()
     if config.batch % world() or share % min(config.micro, share):
-        raise UserError(f"--batch {config.batch} does not divide into {world()} processes and passes of --micro {config.micro}")
+        passes = f"{world()} processes and passes of --micro {config.micro}"
+        raise UserError(f"--batch {config.batch} does not divide into {passes}: change one of them")
     micro = min(config.micro, share)
 
     model = build_model(config, device)
@@ -233,9 +257,10 @@ def train(config: Config) -> None:
     parameters = sum(weight.numel() for weight in model.parameters())
     flops = 6 * parameters + 12 * config.layers * config.dim * config.context  # a token, as torchtitan counts them
     peak = peak_flops(device) * world()
-    bytes_per_token = streams["train"].symbols / streams["train"].bounds[-1]
-    say(f"{parameters:,} parameters; {len(rows):,} rows of {config.context} tokens, {config.steps * config.batch / len(rows):.1f} "
-        f"epochs; {world()} x {device.type}; from step {step} of {config.steps}")  # fmt: skip
+    bytes_per_token = streams["train"].symbols / total
+    epochs = config.steps * config.batch / len(rows)
+    say(f"{parameters:,} parameters; {len(rows):,} rows of {config.context} tokens, {epochs:.1f} epochs")
+    say(f"step {step} of {config.steps} on {world()} x {device.type}")
 
     started, first, waiting = time.perf_counter(), step, []
     bar = tqdm(total=config.steps, initial=step, unit=" steps", disable=rank() != 0, smoothing=0.05)
@@ -253,8 +278,10 @@ def train(config: Config) -> None:
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not torch.isfinite(norm):
-            raise UserError(f"the gradient of step {step} is {norm.item()} (loss {loss.item()}, rows {numbers.tolist()}): lower "
-                            f"--lr or look at these rows; {out} is as it was at its last checkpoint")  # fmt: skip
+            where = f"step {step}, rows {numbers.tolist()}"
+            raise UserError(
+                f"the gradient is {norm.item()}, the loss {loss.item()} at {where}: lower --lr or look at them"
+            )
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -264,20 +291,30 @@ def train(config: Config) -> None:
         if step % config.log == 0 or due:
             mean = (add_up(torch.stack(waiting).mean()) / world()).item()
             pace = (time.perf_counter() - started) / (step - first)
-            record = {"step": step, "loss": mean, "bits_per_byte": mean / math.log(2) / bytes_per_token, "norm": norm.item(),
-                      "lr": learning_rate(step - 1, config), "tokens_per_second": config.batch * config.context / pace,
-                      "peak_share": config.batch * config.context / pace * flops / peak, "memory_gb": memory(device),
-                      "seconds_left": pace * (config.steps - step)}  # fmt: skip
+            speed = config.batch * config.context / pace
+            record = {
+                "step": step,
+                "loss": mean,
+                "bits_per_byte": mean / math.log(2) / bytes_per_token,
+                "norm": norm.item(),
+                "lr": learning_rate(step - 1, config),
+                "tokens_per_second": speed,
+                "peak_share": speed * flops / peak,
+                "memory_gb": memory(device),
+                "seconds_left": pace * (config.steps - step),
+            }
             waiting = []
             log.write(record)
-            bar.set_postfix_str("")
-            say("step {step}  loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  norm {norm:.2f}  {tokens_per_second:,.0f} tokens/s  "
-                "{peak_share:.0%} of peak  {memory_gb:.1f} GB  {seconds_left:.0f} s left".format(**record))  # fmt: skip
+            say(LINE.format(**record))
         if due:
             pause = time.perf_counter()
             result = evaluate(model, streams["val"], config, device)
             log.write({"step": step, **{f"val_{name}": value for name, value in result.items()}})
-            say("step {}  validation: {bits_per_image:.1f} bits an image, {bits_per_byte:.3f} bits a byte".format(step, **result))
+            say(
+                "step {}  validation: {bits_per_image:.1f} bits an image, {bits_per_byte:.3f} bits a byte".format(
+                    step, **result
+                )
+            )
             show(model, tokens, out, step, config, log)
             save_checkpoint(out, model, optimizer, step, config, say)
             started += time.perf_counter() - pause
@@ -303,22 +340,40 @@ def build_model(config: Config, device: torch.device) -> Llama:
     return model.train()
 
 
-# --- what a run shows of itself -----------------------------------------------------------------------------------------
+# --- what a run shows of itself -------------------------------------------------------------------------------------
 
 
 def open_run(out: Path, config: Config, tokens: Tokens) -> None:
     """Make the run folder, or refuse one whose run was another; note how the run was started."""
     out.mkdir(parents=True, exist_ok=True)
-    path, now = out / "config.json", {**asdict(config), "codec": asdict(tokens.codec), "merges": len(tokens.merges)}
+    path, now = out / "config.json", {**asdict(config), "codec": asdict(tokens.codec), "vocabulary": tokens.hash}
     if path.exists():
-        free = {"out", "log", "every", "samples", "keep", "micro", "compile", "recompute"}  # may change while a run goes on
+        free = {
+            "out",
+            "log",
+            "every",
+            "samples",
+            "keep",
+            "micro",
+            "compile",
+            "recompute",
+        }  # may change while a run goes on
         before = json.loads(path.read_text())
-        if changed := differences(*({k: v for k, v in c.items() if k not in free} for c in (before, json.loads(json.dumps(now))))):
-            raise UserError(f"{out} is another run ({changed}): choose another --out, or give back what it was started with")
+        if changed := differences(
+            *({k: v for k, v in settings.items() if k not in free} for settings in (before, now))
+        ):
+            raise UserError(
+                f"{out} is another run ({changed}): choose another --out, or give back what it was started with"
+            )
     path.write_text(json.dumps(now, indent=1) + "\n")
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    note = {"command": sys.argv, "commit": git.stdout.strip(), "python": platform.python_version(), "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(), "processes": world(), "time": time.strftime("%F %T")}  # fmt: skip
+    note = {
+        "time": time.strftime("%F %T"),
+        "command": sys.argv,
+        "commit": git.stdout.strip(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "processes": world(),
+    }
     with open(out / "started.jsonl", "a") as file:
         file.write(json.dumps(note) + "\n")
     shutil.copy(Path(config.data, "codec.json"), out)
@@ -367,7 +422,10 @@ def draw_curve(records: list[dict], width: int = 960, height: int = 540) -> Imag
         "validation": [(r["step"], r["val_bits_per_byte"]) for r in records if "val_bits_per_byte" in r],
     }
     points = [point for curve in curves.values() for point in curve]
-    right, bottom = max(x for x, _ in points), 0.0 if min(y for _, y in points) < 1 else math.floor(min(y for _, y in points))
+    right, bottom = (
+        max(x for x, _ in points),
+        0.0 if min(y for _, y in points) < 1 else math.floor(min(y for _, y in points)),
+    )
     top = max(bottom + 1, math.ceil(max(y for _, y in points)))
     image, small = Image.new("RGB", (width, height), "white"), ImageFont.load_default(size=16)
     pen, box = ImageDraw.Draw(image), (70, 50, width - 30, height - 60)
@@ -418,11 +476,12 @@ def memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int, config: Config, say) -> None:
-    """Write OUT/step_N.  It is written elsewhere, then synced, then renamed: under its name it is whole or not there."""
+    """Write OUT/step_N.  It is written elsewhere, then synced, then renamed: under its name it is whole or not
+    there."""
     path, part = out / f"step_{step:08d}", out / f"step_{step:08d}.part"
     weights, moments = get_state_dict(model, optimizer)
     try:
@@ -442,7 +501,9 @@ def save_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, s
             sync(out)
     except (OSError, dcp.api.CheckpointException) as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"could not save {path} ({error}): the checkpoint before it is whole; make room and continue") from None
+        raise UserError(
+            f"could not save {path} ({error}): the checkpoint before it is whole; make room and continue"
+        ) from None
     barrier()
     if rank() == 0:
         for old in checkpoints(out)[config.keep :]:
@@ -471,7 +532,7 @@ def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, s
     return state["step"]
 
 
-# --- many processes: alone on a CPU, none of this happens ---------------------------------------------------------------
+# --- many processes: alone on a CPU, none of this happens -----------------------------------------------------------
 
 
 def start() -> torch.device:
@@ -513,8 +574,8 @@ def sync_gradients(model: Llama, on: bool) -> None:
 
 
 def shard(model: Llama, device: torch.device) -> None:
-    """FSDP2: split every weight over the processes, block by block; compute in bf16 where there is a GPU for it, keep the
-    weights, their gradients' sums and their moments in float32."""
+    """FSDP2: split every weight over the processes, block by block; compute in bf16 where there is a GPU for it, keep
+    the weights, their gradients' sums and their moments in float32."""
     mesh = init_device_mesh(device.type, (world(),))
     half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)

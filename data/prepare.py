@@ -2,11 +2,12 @@
 
     python -m data.prepare photos data/photos                                # 64x64, quality 25, 320 tokens
     python -m data.prepare photos data/photos --size 256 --header            # the sequences of the paper
-    python -m data.prepare shards data/shards                                # .tar shards of images (the WebDataset layout)
+    python -m data.prepare shards data/shards                                # .tar shards (the WebDataset layout)
 
-Every file is tried, whatever its name: turned upright, made RGB, the largest centre square resized with antialias.  What cannot
-be used is skipped, counted by reason in report.json and named in skipped.txt.  The result depends on the files alone, not on the
-number of workers; the same command continues an interrupted preparation.  data/README.md describes what is written.
+Every file is tried, whatever its name: turned upright, made RGB, the largest centre square resized with antialias.
+What cannot be used is skipped, counted by reason in report.json and named in skipped.txt.  The result depends on the
+files alone, not on the number of workers; the same command continues an interrupted preparation.  data/README.md
+describes what is written.
 """
 
 import hashlib
@@ -43,7 +44,23 @@ from codec import (
     save_tokens,
 )
 
-FORMATS = ["AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "SGI", "TGA", "TIFF", "WEBP"]  # EPS would start a program
+FORMATS = [
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "PCX",
+    "PNG",
+    "PPM",
+    "PSD",
+    "SGI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+]  # EPS would start a program
 LARGEST_FILE = 256 << 20  # bytes
 PART = 8192  # files: what an interruption loses at most
 TASK = 64  # files that a worker takes at once
@@ -51,7 +68,7 @@ SAMPLE = 10_000  # documents that byte pairs are learned on (section 3.2 of the 
 SAMPLE_SYMBOLS = 16_000_000  # ... if they are no larger than this together
 
 
-# --- one file to pixels ---------------------------------------------------------------------------------------------------
+# --- one file to pixels ---------------------------------------------------------------------------------------------
 
 
 class Item(NamedTuple):
@@ -105,7 +122,8 @@ def read_file(item: Item) -> bytes:
 
 
 def read_square(data: bytes, size: int) -> np.ndarray:
-    """The bytes of an image file to its largest centre square, (size, size, 3) uint8.  Errors: Unusable, with the reason."""
+    """The bytes of an image file to its largest centre square, (size, size, 3) uint8.  Errors: Unusable, with the
+    reason."""
     if not data:
         raise Unusable("empty")
     try:
@@ -116,7 +134,9 @@ def read_square(data: bytes, size: int) -> np.ndarray:
                     raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS // 10**6} megapixels")
                 if min(image.size) < size:
                     raise Unusable(f"smaller than {size} pixels")
-                image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8, never below twice the size
+                image.draft(
+                    None, (2 * size, 2 * size)
+                )  # a large JPEG is decoded at 1/2, 1/4 or 1/8, never below twice the size
                 image = to_rgb(ImageOps.exif_transpose(image))
     except Unusable:
         raise
@@ -148,7 +168,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def encode_items(codec: Codec, items: list[Item]) -> tuple[list[np.ndarray], list[str]]:
-    """What a worker does: the symbols of the files that can be used, and a line of reason and name for each that cannot."""
+    """What a worker does: the symbols of the files that can be used, and a line of reason and name for each that
+    cannot."""
     documents, skipped = [], []
     for item in items:
         try:
@@ -158,11 +179,12 @@ def encode_items(codec: Codec, items: list[Item]) -> tuple[list[np.ndarray], lis
     return documents, skipped
 
 
-# --- all files to tokens ----------------------------------------------------------------------------------------------------
+# --- all files to tokens --------------------------------------------------------------------------------------------
 
 
 def in_order(pool: ProcessPoolExecutor, function: Callable, tasks: Iterable[tuple], ahead: int) -> Iterator:
-    """The results of `function(*task)`, computed in the pool, in the order of the tasks; never more than `ahead` wait in memory."""
+    """The results of `function(*task)`, computed in the pool, in the order of the tasks; never more than `ahead` wait
+    in memory."""
     waiting = deque()
     for task in tasks:
         waiting.append(pool.submit(function, *task))
@@ -178,11 +200,15 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
         yield chunk
 
 
-def encode_part(path: Path, codec: Codec, items: list[Item], pool: ProcessPoolExecutor, workers: int, bar: tqdm) -> None:
+def encode_part(
+    path: Path, codec: Codec, items: list[Item], pool: ProcessPoolExecutor, workers: int, bar: tqdm
+) -> None:
     """Write the symbols of some files, the length of each document and, last, the names of those skipped."""
     lengths, skipped = [], []
     with open(path.with_suffix(".symbols"), "wb") as file:
-        for documents, lines in in_order(pool, encode_items, ((codec, task) for task in chunks(items, TASK)), 4 * workers):
+        for documents, lines in in_order(
+            pool, encode_items, ((codec, task) for task in chunks(items, TASK)), 4 * workers
+        ):
             lengths += map(len, documents)
             skipped += lines
             file.writelines(document.tobytes() for document in documents)
@@ -201,12 +227,18 @@ def read_documents(path: Path, dtype: type, which: slice = slice(None)) -> list[
     return [np.array(symbols[end - length : end]) for end, length in zip(ends[which], lengths[which], strict=True)]
 
 
-def tokenize(path: Path, tokens: Tokens, first: int, validation: float) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+def tokenize(
+    path: Path, tokens: Tokens, first: int, validation: float
+) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """What a worker makes of a part that begins with document `first`: {split: (stream, lengths, symbols)}."""
     documents, splits = read_documents(path, tokens.dtype), {}
     for split in ("train", "val"):
         # every (1 / validation)-th document validates: exact in number, and fair to every folder
-        chosen = [d for i, d in enumerate(documents, first) if (int((i + 1) * validation) > int(i * validation)) == (split == "val")]
+        chosen = [
+            d
+            for i, d in enumerate(documents, first)
+            if (int((i + 1) * validation) > int(i * validation)) == (split == "val")
+        ]
         pieces = [tokens.encode(piece) for piece in chunks(chosen, TASK)]
         if pieces:
             splits[split] = (*map(np.concatenate, zip(*pieces, strict=True)), sum(map(len, chosen)))
@@ -214,7 +246,8 @@ def tokenize(path: Path, tokens: Tokens, first: int, validation: float) -> dict[
 
 
 def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float, workers: int) -> None:
-    """Write OUT from SOURCE.  Errors: UserError for what the user can mend; OSError, after which the same call continues."""
+    """Write OUT from SOURCE.  Errors: UserError for what the user can mend; OSError, after which the same call
+    continues."""
     listing, files = hashlib.sha256(), 0
     for item in walk(source):
         listing.update(f"{item.name}\0{item.length}\n".encode(errors="surrogateescape"))
@@ -249,14 +282,16 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
         skipped = Counter(line.split("\t")[0] for path in paths for line in open_text(path.with_suffix(".skipped")))
         documents, symbols = sum(map(len, lengths)), sum(int(length.sum(dtype=np.int64)) for length in lengths)
         if int(documents * validation) < 1 or documents < 2:
-            reasons = "; ".join(f"{number} {reason}" for reason, number in skipped.most_common()) or "none skipped"
-            raise UserError(
-                f"{source} has {documents} usable images of {files} files ({reasons}), and --val {validation} of them validates: "
-                f"give it more images, or a larger share"
-            )
+            reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.most_common()) or "none skipped"
+            found = f"{documents} usable images of {files} files ({reasons})"
+            raise UserError(f"{source} has {found}, too few to validate --val {validation} of them: give it more")
 
         every = max(1, -(-documents // SAMPLE), -(-symbols // SAMPLE_SYMBOLS))
-        sample = [document for path in paths for document in read_documents(path, Tokens(codec).dtype, slice(None, None, every))]
+        sample = [
+            document
+            for path in paths
+            for document in read_documents(path, Tokens(codec).dtype, slice(None, None, every))
+        ]
         print(f"learning byte pairs on {len(sample):,} of {documents:,} documents")
         tokens = learn_pairs(codec, sample, vocab)
         del sample
@@ -264,7 +299,9 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
         firsts = np.cumsum([0, *map(len, lengths)])
         tasks = [(path, tokens, int(first), validation) for path, first in zip(paths, firsts, strict=False)]
         shards = {}
-        for number, splits in enumerate(tqdm(in_order(pool, tokenize, tasks, workers), "tokenize", len(tasks), unit=" parts")):
+        for number, splits in enumerate(
+            tqdm(in_order(pool, tokenize, tasks, workers), "tokenize", len(tasks), unit=" parts")
+        ):
             for split, (stream, sizes, covered) in splits.items():
                 name = f"{split}-{number:05d}"
                 np.save(out / f"{name}.npy", stream)
@@ -275,11 +312,21 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
     with open(out / "skipped.txt", "wb") as file:
         file.writelines(path.with_suffix(".skipped").read_bytes() for path in paths)
     save_tokens(out, tokens)
-    report = {"settings": settings, "skipped": dict(skipped), "encoder": encoder(), "seconds": round(time.time() - started, 1)}
-    (out / "report.json").write_text(json.dumps({**report, "shards": shards}, indent=1) + "\n")  # last: now the folder is whole
+    report = {
+        "settings": settings,
+        "skipped": dict(skipped),
+        "encoder": encoder(),
+        "seconds": round(time.time() - started, 1),
+    }
+    (out / "report.json").write_text(
+        json.dumps({**report, "shards": shards}, indent=1) + "\n"
+    )  # last: now the folder is whole
     shutil.rmtree(parts)
     print(f"{out}: {documents:,} documents of {symbols / documents:,.0f} symbols, {tokens.vocab} tokens", end="; ")
-    print(f"{sum(skipped.values())} of {files:,} files skipped" + "".join(f", {n} {why}" for why, n in skipped.most_common()))
+    print(
+        f"{sum(skipped.values())} of {files:,} files skipped"
+        + "".join(f", {n} {why}" for why, n in skipped.most_common())
+    )
 
 
 def cores() -> int:
@@ -298,7 +345,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="data folder to write")
     parser.add_argument("--codec", choices=CODECS, default="jpeg", help="what the model will write (default: jpeg)")
     parser.add_argument("--vocab", type=int, default=320, help="tokens, byte pairs included; 258: none (default: 320)")
-    parser.add_argument("--val", type=float, default=0.05, help="share of the images that is kept for validation (default: 0.05)")
+    parser.add_argument(
+        "--val", type=float, default=0.05, help="share of the images that is kept for validation (default: 0.05)"
+    )
     parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core)")
     for codec in CODECS.values():
         parser.add_fields(codec)
@@ -308,7 +357,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not flags.source.is_dir():
         raise UserError(f"{flags.source} is not a folder: name a folder of images or of .tar files")
     if not 0 < flags.val < 1 or flags.workers < 1:
-        raise UserError(f"--val {flags.val} --workers {flags.workers}: the first is between 0 and 1, the second at least 1")
+        raise UserError(
+            f"--val {flags.val} --workers {flags.workers}: the first is between 0 and 1, the second at least 1"
+        )
     codec = kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
     prepare(flags.source, flags.out, codec, flags.vocab, flags.val, flags.workers)
 

@@ -1,6 +1,6 @@
 """The built-in data: pictures of one to four shapes, drawn on the spot, the same every time.
 
-    python -m data.shapes                                                    # data/shapes, as train.py makes it if it is absent
+    python -m data.shapes                                            # data/shapes, which train.py makes if it is absent
     python -m data.shapes data/shapes32 --size 32 --count 20000
 
 OUT/pictures receives the drawings as PNGs, OUT the tokens that `data.prepare` makes of them.
@@ -35,7 +35,9 @@ def polygon(corners: int, depth: float = 1.0, turn: float = 0.0) -> list[tuple[f
     angles = [turn + math.pi * i / corners for i in range(2 * corners)]
     if depth == 1.0:
         angles = angles[::2]
-    return [((depth if i % 2 else 1) * math.sin(a), -(depth if i % 2 else 1) * math.cos(a)) for i, a in enumerate(angles)]
+    return [
+        ((depth if i % 2 else 1) * math.sin(a), -(depth if i % 2 else 1) * math.cos(a)) for i, a in enumerate(angles)
+    ]
 
 
 def cross(arm: float) -> list[tuple[float, float]]:
@@ -118,7 +120,9 @@ def make(out: Path, count: int = 8000, size: int = 64) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Flags(__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=Path("data/shapes"), help="data folder (default: data/shapes)")
+    parser.add_argument(
+        "out", type=Path, nargs="?", default=Path("data/shapes"), help="data folder (default: data/shapes)"
+    )
     parser.add_argument("--count", type=int, default=8000, help="how many pictures (default: 8000)")
     parser.add_argument("--size", type=int, default=64, help="pixels, both ways (default: 64)")
     flags = parser.parse(arguments)

@@ -1,0 +1,49 @@
+"""Real files for the tests that want them, and a small data folder for those that train."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from codec import JPEG
+from data.prepare import prepare
+from data.shapes import draw
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # not part of the project: real images, where they are at hand
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[np.ndarray]:
+    """Shapes, noise, flats and ramps, (64, 64, 3) uint8."""
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(4)]
+    flats = [np.full((64, 64, 3), value, np.uint8) for value in (0, 128, 255)]
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None] * 4, (64, 64, 3)).copy()
+    return [draw(i) for i in range(60)] + noise + flats + [ramp]
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder of 60 PNG drawings in two folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(60):
+        (folder / f"class{i % 2}").mkdir(exist_ok=True)
+        Image.fromarray(draw(i, 32, seed=1)).save(folder / f"class{i % 2}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(photos, tmp_path_factory) -> Path:
+    """The data folder that `photos` becomes."""
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(photos, out, JPEG(size=32), vocab=300, validation=0.1, workers=1)
+    return out
+
+
+def command(*arguments: object, **options) -> subprocess.CompletedProcess:
+    """Run one of the project's commands as a user would."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, **options)
