@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     vocab: int = 320  # tokens; train.py takes it from the data
-    context: int = 4096  # longest sequence, in tokens
+    context: int = 2048  # longest sequence, in tokens
     dim: int = 384  # width of the residual stream
     layers: int = 6  # transformer blocks
     heads: int = 6  # query heads per block

@@ -12,6 +12,7 @@ valid files.
 import hashlib
 import json
 import math
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -128,6 +129,13 @@ def newest(out: Path, say=print) -> Path | None:
     return None
 
 
+def read_state(state: dict, checkpoint: Path) -> None:
+    """Fill a nested dictionary of tensors, whole or sharded, from a checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process reads alone is meant
+        dcp.load(state, checkpoint_id=checkpoint)
+
+
 def load_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
     """The newest checkpoint of a run, whole, on one device, whatever number of processes wrote it."""
     checkpoint = newest(out)
@@ -135,7 +143,7 @@ def load_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
         raise UserError(f"{out} holds no checkpoint: run `python train.py --out {out}` first")
     saved = json.loads((checkpoint / "config.json").read_text())
     model = Llama(ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig)})).to(device).eval()
-    dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint)
+    read_state({"model": model.state_dict()}, checkpoint)
     return model, load_tokens(checkpoint), checkpoint
 
 

@@ -30,6 +30,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -39,7 +40,7 @@ from tqdm import tqdm
 import data.shapes
 from codec import Flags, Tokens, UserError, differences, load_tokens, run
 from model import Llama, ModelConfig
-from sample import checkpoints, generate, grid, newest
+from sample import checkpoints, generate, grid, newest, read_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Config(ModelConfig):
     data: str = "data/shapes"  # folder that data.prepare wrote
     out: str = ""  # run folder: checkpoints, log, samples; empty: out/CONFIG
     steps: int = 2000  # optimizer steps
-    batch: int = 16  # rows of context tokens per step, over all processes
+    batch: int = 4  # rows of context tokens per step, over all processes
     micro: int = 4  # rows per forward pass of one process: to fit memory, or a CPU's cache
     lr: float = 1e-3  # peak learning rate
     warmup: int = 100  # steps of linear rise, before the cosine fall to a tenth of the peak
@@ -55,7 +56,7 @@ class Config(ModelConfig):
     clip: float = 1.0  # largest gradient norm
     whole: bool = True  # rows begin with a whole document; else they cut the stream anywhere, as the paper's
     seed: int = 0  # of the weights, the order of the rows and the samples
-    log: int = 20  # steps from one line of the log to the next
+    log_every: int = 20  # steps from one line of the log to the next
     every: int = 500  # steps from one evaluation, grid and checkpoint to the next
     samples: int = 36  # pictures in the grid
     keep: int = 2  # checkpoints kept
@@ -77,8 +78,8 @@ PAPER = partial(
 )
 CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning rate are the paper's, the rest is ours
     "tiny":  Config(dim=64, layers=2, heads=2, kv_heads=2, hidden=176, context=512, steps=200, every=100, lr=3e-3),
-    "small": Config(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, batch=8, every=200, lr=3e-3),
-    "base":  Config(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, context=2048, batch=64, micro=16, steps=20_000),
+    "small": Config(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, steps=800, every=200, lr=3e-3),
+    "base":  Config(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, steps=20_000),
     "1b":    PAPER(dim=2048, layers=16, heads=32, kv_heads=8, hidden=8192),
     "7b":    PAPER(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),
     "13b":   PAPER(dim=5120, layers=40, heads=40, kv_heads=40, hidden=13_824),
@@ -288,7 +289,7 @@ def train(config: Config) -> None:
         waiting.append(loss)
         bar.update()
         due = step % config.every == 0 or step == config.steps
-        if step % config.log == 0 or due:
+        if step % config.log_every == 0 or due:
             mean = (add_up(torch.stack(waiting).mean()) / world()).item()
             pace = (time.perf_counter() - started) / (step - first)
             speed = config.batch * config.context / pace
@@ -493,16 +494,18 @@ def save_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, s
             (part / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
             files = sorted(part.iterdir())
             manifest = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-            (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+            (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
             for file in (*files, part / "manifest.json", part):
                 sync(file)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(part, path)
             sync(out)
-    except (OSError, dcp.api.CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         shutil.rmtree(part, ignore_errors=True)
+        while isinstance(error, CheckpointException):  # as many wrappers as there were stages
+            error = next(iter(error.failures.values()))[0]
         raise UserError(
-            f"could not save {path} ({error}): the checkpoint before it is whole; make room and continue"
+            f"could not save {path} ({error}): make room and continue from the one before, which is whole"
         ) from None
     barrier()
     if rank() == 0:
@@ -525,9 +528,7 @@ def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, s
         return 0
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "step": 0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=path)
+    read_state(state, path)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return state["step"]
 

@@ -69,14 +69,17 @@ def test_damaged_files_decode_too(pictures, data):
     damaged = bytearray(jpeg.encode(data.draw(st.sampled_from(pictures[::5]))).tobytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(damaged)))
-        marker = data.draw(st.sampled_from([b"\xff\xd9", b"\xff\xc4\0\4", b"\xff\xc0", b"\xff\xda", b"\xff\xff", b"\xff", b""]))
+        marker = data.draw(
+            st.sampled_from([b"\xff\xd9", b"\xff\xc4\0\4", b"\xff\xc0", b"\xff\xda", b"\xff\xff", b"\xff", b""])
+        )
         damaged[at : at + data.draw(st.integers(0, 3))] = marker
     assert jpeg.decode(np.frombuffer(bytes(damaged), np.uint8)).shape == (64, 64, 3)
 
 
 @pytest.mark.skipif(not shutil.which("djpeg"), reason="djpeg of libjpeg-turbo-progs is not installed")
 def test_check_is_no_laxer_than_djpeg_strict(pictures):
-    """Of 300 files with one byte changed, none that djpeg -strict warns of passes `check`, and most are caught by both."""
+    """Of 300 files with one byte changed, none that djpeg -strict warns of passes `check`, and most are caught by
+    both."""
     rng, jpeg, rejected = np.random.default_rng(0), JPEG(), 0
     for _ in range(300):
         mutant = jpeg.encode(pictures[rng.integers(len(pictures))]).copy()

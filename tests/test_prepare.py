@@ -60,12 +60,15 @@ def test_tar_shards_give_what_their_files_give(photos, tmp_path):
     prepare(tmp_path / "tars", tmp_path / "a", **jpeg)
     prepare(photos, tmp_path / "b", **jpeg)
     for split in ("train", "val"):
-        assert [d.tobytes() for d in documents(tmp_path / "a", split)] == [d.tobytes() for d in documents(tmp_path / "b", split)]
+        assert [d.tobytes() for d in documents(tmp_path / "a", split)] == [
+            d.tobytes() for d in documents(tmp_path / "b", split)
+        ]
     assert (tmp_path / "a" / "skipped.txt").read_text().count("empty\tclass0.tar/label.cls") == 30
 
 
 def test_a_preparation_that_was_killed_continues_to_the_same_result(photos, prepared, tmp_path):
-    """kill -9 while parts are written; the second call finds the whole parts and gives the bytes of an uninterrupted one."""
+    """kill -9 while parts are written; the second call finds the whole parts and gives the bytes of an uninterrupted
+    one."""
     script = (
         "import data.prepare as p; from codec import JPEG; from pathlib import Path; import time; p.PART = 8\n"
         "encode = p.encode_part\n"

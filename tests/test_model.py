@@ -1,0 +1,134 @@
+"""What model.py promises: Hugging Face's Llama, and a cache that changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from model import Cache, Llama, ModelConfig
+from sample import choose, generate, grid
+
+SMALL = {"vocab": 300, "context": 96, "dim": 48, "layers": 3, "heads": 4, "hidden": 112}
+
+
+def small(kv_heads: int = 4, **changes) -> Llama:
+    model = Llama(ModelConfig(**{**SMALL, "kv_heads": kv_heads, **changes}))
+    model.init_weights(1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_logits_equal_transformers_llama(kv_heads, theta):
+    transformers = pytest.importorskip("transformers")
+    model = small(kv_heads, rope_theta=theta)
+    reference = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=300,
+            hidden_size=48,
+            intermediate_size=112,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=96,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
+    reference.load_state_dict(weights)  # strict: the names are the same
+    tokens = torch.randint(0, 300, (3, 96), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_cache_gives_what_a_full_pass_gives(kv_heads):
+    model = small(kv_heads)
+    tokens = torch.randint(0, 300, (2, 96), generator=torch.Generator().manual_seed(0))
+    cache = Cache(model.config, 2, 96)
+    with torch.no_grad():
+        steps = [model(tokens[:, :40], cache)] + [model(tokens[:, i : i + 1], cache) for i in range(40, 96)]
+        torch.testing.assert_close(torch.cat(steps, 1), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_is_allocated_once():
+    model, cache = small(), Cache(ModelConfig(**{**SMALL, "kv_heads": 4}), 1, 96)
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long), cache)
+        place = cache.keys.data_ptr()
+        for _ in range(95):
+            model(torch.zeros(1, 1, dtype=torch.long), cache)
+    assert cache.keys.data_ptr() == place and cache.length == 96
+
+
+def test_no_token_sees_those_after_it():
+    model = small()
+    tokens = torch.randint(0, 300, (1, 96), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 50:] = 0
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[:, :50], model(changed)[:, :50])
+
+
+def test_weights_depend_on_seed_and_name_alone():
+    """A deeper model begins with the same first layer, up to the scale of the residual's writers."""
+    a, b, deep = small(), small(), small(layers=5)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert torch.equal(a.layers[2].mlp.up_proj.weight, deep.layers[2].mlp.up_proj.weight)
+    assert a.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert a.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.05)
+
+
+# --- drawing tokens -------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_drawn_with_their_probability():
+    """20,000 even numbers give each of six tokens its share of the softmax, at three temperatures."""
+    logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.0, 2.5])
+    uniform = (torch.arange(20_000) + 0.5) / 20_000
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = choose(logits.expand(20_000, 6), uniform, temperature, 0, 1.0)
+        share = torch.bincount(drawn, minlength=6) / 20_000
+        torch.testing.assert_close(share, (logits / temperature).softmax(0), rtol=0, atol=2e-4)
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits, uniform = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)), torch.rand(64)
+    assert torch.equal(choose(logits, uniform, 1.0, 1, 1.0), logits.argmax(-1))
+    assert torch.equal(choose(logits, uniform, 0.0, 0, 1.0), logits.argmax(-1))
+    assert torch.equal(choose(logits, uniform, 1.0, 0, 1e-6), logits.argmax(-1))
+    top = choose(logits, torch.full((64,), 0.999999), 1.0, 3, 1.0)
+    assert torch.equal(top, logits.topk(3).indices[:, 2])
+    last = choose(logits, torch.full((64,), 0.999999), 1.0, 0, 0.5)
+    order = logits.argsort(-1, descending=True)
+    sums = logits.softmax(-1).gather(-1, order).cumsum(-1)
+    assert torch.equal(last, order.gather(-1, (sums < 0.5).sum(-1, keepdim=True))[:, 0])
+
+
+def test_a_picture_does_not_depend_on_its_batch():
+    model, prompts = small(), [np.array([298, *range(i)]) for i in (0, 3, 0, 7, 1)]
+    seeds = [(5, i) for i in range(5)]
+    together = generate(model, prompts, end=299, seeds=seeds)
+    for prompt, seed, row in zip(prompts, seeds, together, strict=True):
+        alone = generate(model, [prompt], end=299, seeds=[seed])[0]
+        ends = [np.append(r, 299).tolist().index(299) for r in (row, alone)]
+        assert row[: ends[0]].tolist() == alone[: ends[1]].tolist()
+        assert row[: len(prompt)].tolist() == prompt.tolist()
+    other = generate(model, prompts[:1], end=299, seeds=[(6, 0)])[0]
+    assert other.tolist() != together[0].tolist()
+
+
+def test_greedy_generation_follows_the_full_pass():
+    model = small()
+    row = torch.from_numpy(
+        generate(model, [np.array([298])], end=299, seeds=[(0, 0)], temperature=0)[0].astype(np.int64)
+    )
+    with torch.no_grad():
+        assert torch.equal(model(row[None, :-1]).argmax(-1)[0], row[1:])
+
+
+def test_a_grid_holds_every_picture():
+    pictures = [np.full((16, 16, 3), i, np.uint8) for i in range(7)]
+    sheet = np.asarray(grid(pictures))
+    assert set(np.unique(sheet)) == {*range(7), 255}

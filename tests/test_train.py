@@ -1,0 +1,330 @@
+"""What train.py promises: the order of the data, exact resumption, and that nothing is lost or silently wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command
+from PIL import Image
+
+import sample
+import train as module
+from codec import UserError, load_tokens
+from sample import newest
+from train import CONFIGS, Config, Stream, evaluate, parse_config, rows_of, train
+
+RUN = """
+    --dim 32 --layers 2 --heads 2 --kv-heads 1 --hidden 64 --context 256 --batch 4 --micro 2
+    --steps 12 --every 4 --log-every 1 --samples 4 --warmup 3
+""".split()  # noqa: SIM905
+
+
+def config(data: Path, out: Path, *more: str) -> Config:
+    return parse_config(["--data", str(data), "--out", str(out), *RUN, *more])
+
+
+def losses(out: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def validation(out: Path) -> list[float]:
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [record["val_bits_per_image"] for record in records if "val_bits_per_image" in record]
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(config(prepared, out))
+    return out
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_row_comes_once_an_epoch_in_an_order_of_its_own():
+    order = np.concatenate([rows_of(step, 7, 50, seed=3) for step in range(50)])
+    epochs = order.reshape(7, 50)
+    assert all(np.array_equal(np.sort(epoch), np.arange(50)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(order, np.concatenate([rows_of(step, 7, 50, seed=4) for step in range(50)]))
+    large = rows_of(3, 120, 50, seed=3)  # a batch larger than the data
+    assert np.array_equal(large, np.concatenate([rows_of(step, 1, 50, seed=3) for step in range(360, 480)]))
+
+
+@pytest.mark.parametrize("context", [100, 256, 1000])
+def test_whole_rows_begin_with_documents_and_miss_none(prepared, context):
+    stream, start = Stream(prepared, "train"), load_tokens(prepared).start
+    rows = stream.rows(context, whole=True)
+    longest = np.diff(stream.documents).max()
+    covered = np.zeros(int(stream.bounds[-1]), bool)
+    for row in rows:
+        covered[row : row + context + 1] = True
+        assert stream.read(row, 1)[0] == start or longest > context + 1
+    assert covered.all()
+
+
+def test_cut_rows_lie_end_to_end(prepared):
+    stream = Stream(prepared, "train")
+    rows = stream.rows(256, whole=False)
+    assert np.array_equal(np.diff(rows), np.full(len(rows) - 1, 256))
+    assert rows[-1] + 257 <= stream.bounds[-1] < rows[-1] + 257 + 256
+
+
+def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "data")
+    whole = Stream(prepared, "train")
+    tokens, report = whole.read(0, int(whole.bounds[-1])), json.loads((prepared / "report.json").read_text())
+    cut = int(whole.documents[5])
+    for i, part in enumerate((tokens[:cut], tokens[cut:])):
+        np.save(tmp_path / "data" / f"train-0000{i}.npy", part)
+        report["shards"][f"train-0000{i}"] = {**report["shards"]["train-00000"], "tokens": len(part)}
+    lengths = np.diff(whole.documents)
+    np.save(tmp_path / "data" / "train-00000.lengths.npy", lengths[:5])
+    np.save(tmp_path / "data" / "train-00001.lengths.npy", lengths[5:])
+    (tmp_path / "data" / "report.json").write_text(json.dumps(report))
+    stream = Stream(tmp_path / "data", "train")
+    assert np.array_equal(stream.read(cut - 9, 30), tokens[cut - 9 : cut + 21])
+    assert np.array_equal(stream.read(len(tokens) - 5, 20), np.concatenate([tokens[-5:], tokens[:15]]))
+    (tmp_path / "data" / "train-00001.npy").write_bytes((tmp_path / "data" / "train-00000.npy").read_bytes())
+    with pytest.raises(UserError, match="prepare .* anew"):
+        Stream(tmp_path / "data", "train")
+
+
+def test_evaluation_is_the_sum_over_documents_alone(prepared, tmp_path):
+    """Batches and padding change nothing: bits an image are those of each document in a pass of its own."""
+    stream, settings = Stream(prepared, "val"), replace(config(prepared, tmp_path), vocab=300)
+    model = module.build_model(settings, torch.device("cpu"))
+    bits = 0.0
+    for begin, end in zip(stream.documents, stream.documents[1:], strict=False):
+        tokens = torch.from_numpy(stream.read(begin, end - begin).astype(np.int64))[None]
+        with torch.no_grad():
+            logits = torch.cat([model(part) for part in tokens[:, :-1].split(256, 1)], 1)
+        bits += module.cross_entropy(logits, tokens[:, 1:], "sum").item() / np.log(2)
+    result = evaluate(model, stream, settings, torch.device("cpu"))
+    assert result["bits_per_image"] == pytest.approx(bits / 6, rel=1e-6)
+    assert result["bits_per_byte"] == pytest.approx(bits / stream.symbols, rel=1e-6)
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_explains_it(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.json",
+        "codec.json",
+        "log.jsonl",
+        "loss.png",
+        "started.jsonl",
+        "step_00000008",
+        "step_00000012",
+    } <= names
+    assert sorted(path.name for path in (finished / "grids").iterdir()) == ["000004.png", "000008.png", "000012.png"]
+    assert "step_00000004" not in names  # the newest two are kept
+    assert losses(finished)[12] < losses(finished)[1]
+
+
+def test_a_run_that_was_killed_continues_bit_for_bit(prepared, finished, tmp_path):
+    """kill -9 at three moments, saving among them; the losses end equal to the uninterrupted run's."""
+    arguments = ["train.py", "--data", prepared, "--out", tmp_path / "run", *RUN]
+    rng = np.random.default_rng(0)
+    for wanted in (2, 6, 9):
+        process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            log = tmp_path / "run" / "log.jsonl"
+            if log.exists() and f'"step": {wanted},' in log.read_text():
+                break
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = command(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run") == losses(finished)
+    assert validation(tmp_path / "run") == validation(finished)
+
+
+def test_accumulation_changes_nothing(prepared, finished, tmp_path):
+    train(config(prepared, tmp_path / "run", "--micro", "4", "--steps", "4"))
+    for step, loss in losses(tmp_path / "run").items():
+        if step < 4:  # another length is another schedule after warm-up
+            assert loss == pytest.approx(losses(finished)[step], rel=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(prepared, finished, tmp_path):
+    result = command(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py"),
+        *("--data", prepared, "--out", tmp_path / "run", *RUN),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    for step, loss in losses(finished).items():
+        assert losses(tmp_path / "run")[step] == pytest.approx(loss, abs=1e-5)
+    assert validation(tmp_path / "run") == pytest.approx(validation(finished), rel=1e-5)
+    shutil.rmtree(tmp_path / "run" / "step_00000012")
+    train(config(prepared, tmp_path / "run"))  # and one process continues what two began
+    assert losses(tmp_path / "run")[12] == pytest.approx(losses(finished)[12], abs=1e-5)
+
+
+def test_recomputing_changes_nothing(prepared, finished, tmp_path):
+    train(config(prepared, tmp_path / "run", "--recompute"))
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+# --- nothing lost, nothing silently wrong ---------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    latest, said = tmp_path / "run" / "step_00000012", []
+    for path in sorted(latest.iterdir()):
+        original = path.read_bytes()
+        for damaged in (original[:-1], original[: len(original) // 2] + b"#" + original[len(original) // 2 + 1 :]):
+            path.write_bytes(damaged)
+            assert newest(tmp_path / "run", said.append).name == "step_00000008"
+            assert "step_00000012 is damaged" in said[-1]
+        path.write_bytes(original)
+    assert newest(tmp_path / "run", said.append) == latest
+
+
+def test_a_full_disk_while_saving_leaves_the_old_checkpoint(prepared, finished, tmp_path):
+    """The run folder lies on a disk that has no room for a second checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        result = command("train.py", "--data", prepared, "--out", disk / "run", *RUN, "--keep", 9)
+        saved = sorted(path.name for path in (disk / "run").glob("step_*"))
+        assert result.returncode == 2 and "could not save" in result.stderr and "Traceback" not in result.stderr
+        assert saved and not any(name.endswith(".part") for name in saved)
+        assert newest(disk / "run").name == saved[-1]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(prepared, tmp_path, monkeypatch):
+    settings, real = config(prepared, tmp_path / "run"), module.cross_entropy
+
+    def broken(logits, targets, reduction="mean"):
+        loss = real(logits, targets, reduction)
+        return loss * float("nan") if (tmp_path / "run" / "step_00000004").exists() and reduction == "mean" else loss
+
+    monkeypatch.setattr(module, "cross_entropy", broken)
+    with pytest.raises(UserError, match=r"the gradient is nan, the loss nan at step 4, rows \[\d+"):
+        train(settings)
+    assert newest(tmp_path / "run").name == "step_00000004"
+
+
+def test_another_run_in_the_folder_is_refused_with_a_difference(prepared, finished, photos, tmp_path):
+    with pytest.raises(UserError, match="dim: 32, now 64"):
+        train(config(prepared, finished, "--dim", "64"))
+    result = command("-m", "data.prepare", photos, tmp_path / "other", "--size", 32, "--quality", 50, "--vocab", 300)
+    assert result.returncode == 0, result.stderr
+    with pytest.raises(UserError, match="'quality': 25.*now.*'quality': 50"):
+        train(config(tmp_path / "other", finished))
+
+
+def test_too_little_data_is_refused(prepared, tmp_path):
+    with pytest.raises(UserError, match="not one row of --context 100000"):
+        train(config(prepared, tmp_path / "run", "--context", "100000"))
+    with pytest.raises(UserError, match="holds no codec.json"):
+        train(config(tmp_path, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--laers", "3"], "did you mean --layers?"),
+        (["--layers", "three"], "invalid int value: 'three'"),
+        (["--config", "huge"], "invalid choice: 'huge'"),
+        (["--heads", "7"], "each must divide the one before"),
+        (["--batch", "0"], "must be above 0"),
+        (["--batch", "8", "--micro", "3"], "does not divide into"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(arguments, message, prepared, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(parse_config(["--data", str(prepared), "--out", str(tmp_path / "run"), *arguments]))
+
+
+def test_every_field_is_read_and_explained():
+    """A field that nothing reads is a flag that does nothing."""
+    source = "".join((ROOT / name).read_text() for name in ("train.py", "model.py"))
+    text = command("train.py", "--help").stdout
+    for field in fields(Config):
+        assert f"config.{field.name}" in source, field.name
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_presets_have_the_papers_and_llamas_sizes():
+    from model import Llama
+
+    sizes = {}
+    for name, preset in CONFIGS.items():
+        with torch.device("meta"):
+            sizes[name] = sum(weight.numel() for weight in Llama(preset).parameters())
+    assert sizes["7b"] == 6_478_893_056
+    assert 9e7 < sizes["base"] < 1.1e8 and 9e8 < sizes["1b"] < 1.1e9
+    assert 1.2e10 < sizes["13b"] < 1.35e10 and 6.5e10 < sizes["70b"] < 7e10
+
+
+# --- sample.py on a run ---------------------------------------------------------------------------------------------
+
+
+def test_samples_are_counted_written_and_continued(finished, tmp_path):
+    result = command("sample.py", finished, "--count", 5, "--to", tmp_path / "s")
+    assert result.returncode == 0 and "of 5 are whole valid files" in result.stdout, result.stderr
+    first = {path.name: path.read_bytes() for path in (tmp_path / "s").glob("*.jpg")}
+    assert len(first) == 5 and (tmp_path / "s" / "grid.png").exists()
+    (tmp_path / "s" / "00003.jpg").unlink()
+    command("sample.py", finished, "--count", 5, "--to", tmp_path / "s", "--batch", 1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "s").glob("*.jpg")} == first
+    result = command("sample.py", finished, "--count", 5, "--to", tmp_path / "s", "--seed", 1)
+    assert result.returncode == 2 and "seed: 0, now 1" in result.stderr
+
+
+def test_completions_keep_the_top_of_the_picture(finished, photos, tmp_path):
+    result = command("sample.py", finished, "--prompt", photos / "class0", "--keep", 0, 0.5, "--to", tmp_path / "c")
+    assert result.returncode == 0, result.stderr
+    codec = load_tokens(finished).codec
+    picture = codec.encode(np.asarray(Image.open(sorted((photos / "class0").iterdir())[0])))
+    written = codec.symbols((tmp_path / "c" / "keep_0.5" / "00000.jpg").read_bytes())
+    head = codec.head(picture, 0.5)
+    assert np.array_equal(written[: len(head)], head)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", "nothing.png"], "no usable picture"),
+        (["--temperature", "-1"], "at least 0"),
+        (["--prompt", "PHOTO", "--keep", "1"], "below 1"),
+        (["--top-q", "1"], "did you mean --top-p?"),
+    ],
+)
+def test_mistakes_in_sampling_end_in_one_sentence(arguments, message, finished, photos, tmp_path):
+    arguments = [str(next((photos / "class1").iterdir())) if a == "PHOTO" else a for a in arguments]
+    with pytest.raises(UserError, match=message):
+        sample.main([str(finished), "--to", str(tmp_path / "s"), *arguments])
+
+
+def test_a_command_refuses_with_exit_code_2_and_one_sentence(finished, tmp_path):
+    for arguments in (
+        ["sample.py", tmp_path, "--count", 1],
+        ["train.py", "--data", tmp_path, "--out", tmp_path / "run"],
+    ):
+        result = command(*arguments)
+        assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
