@@ -150,18 +150,27 @@ def load_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def read_prompts(source: Path, tokens: Tokens) -> list[np.ndarray]:
-    """The symbols of a picture, or of every picture below a folder, encoded anew with the settings of the model."""
-    symbols = []
-    items = walk(source) if source.is_dir() else [Item(str(source), 0, -1, source.name)]
-    for item in items:
+def read_prompts(source: Path, tokens: Tokens, to: Path) -> list[np.ndarray]:
+    """The symbols of a picture, or of every picture below a folder, encoded anew with the settings of the model.
+
+    Beside the completions go what to compare them with: TO/originals, as cut out and resized, and TO/roundtrip, as the
+    codec gives them back.
+    """
+    found = []
+    for item in walk(source) if source.is_dir() else [Item(str(source), 0, -1, source.name)]:
         try:
-            symbols.append(tokens.codec.encode(read_square(read_file(item), tokens.codec.size)))
+            pixels = read_square(read_file(item), tokens.codec.size)
         except Unusable as reason:
             print(f"skipped {item.name}: {reason}")
-    if not symbols:
+            continue
+        found.append(tokens.codec.encode(pixels))
+        for name in ("originals", "roundtrip"):
+            (to / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(to / "originals" / f"{len(found) - 1:05d}.png")
+        (to / "roundtrip" / f"{len(found) - 1:05d}{tokens.codec.suffix}").write_bytes(tokens.codec.file(found[-1]))
+    if not found:
         raise UserError(f"--prompt {source} holds no usable picture: name an image file, or a folder of them")
-    return symbols
+    return found
 
 
 def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray], settings: dict, batch: int) -> int:
@@ -229,7 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         if warning := foreign_encoder(checkpoint, tokens.codec):
             print(f"warning: {warning}")
-        pictures, to = read_prompts(flags.prompt, tokens), flags.to or flags.run / "completions"
+        to = flags.to or flags.run / "completions"
+        pictures = read_prompts(flags.prompt, tokens, to)
         jobs = {
             to / f"keep_{keep:g}": [tokens.codec.head(p, keep) for p in pictures for _ in range(flags.count or 1)]
             for keep in flags.keep

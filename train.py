@@ -192,10 +192,21 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
+def backward(model: Llama, stream: Stream, rows: np.ndarray, micro: int, context: int, device: torch.device) -> Tensor:
+    """Add the gradients of the mean loss over some rows, `micro` of them a pass, and give that loss."""
+    loss = torch.zeros((), device=device)
+    for at in range(0, len(rows), micro):
+        x, y = batch_of(stream, rows[at : at + micro], context, device)
+        sync_gradients(model, at + micro == len(rows))  # add gradients up here, exchange them once
+        part = cross_entropy(model(x), y) * (micro / len(rows))
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
 @torch.inference_mode()
 def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device) -> dict[str, float]:
-    """Bits an image and bits a byte over the whole validation set, each document at the beginning of a row of its
-    own."""
+    """Bits an image and bits a byte over the whole validation set, each document in a row of its own."""
     model.eval()
     pieces = []
     for begin, end in zip(stream.documents, stream.documents[1:], strict=False):
@@ -207,9 +218,8 @@ def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device)
         batches.append(pieces[:count])
         pieces = pieces[count:]
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for i in range(
-        rank(), -(-len(batches) // world()) * world(), world()
-    ):  # as many for each process, for all take part
+    rounds = -(-len(batches) // world())  # as many for each process, for sharded weights need all of them
+    for i in range(rank(), rounds * world(), world()):
         batch = batches[i % len(batches)]
         tokens = torch.full((len(batch), batch[0][1] - batch[0][0]), -100)
         for row, (begin, end) in zip(tokens, batch, strict=True):
@@ -226,6 +236,7 @@ LINE = (
     "step {step}  loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  norm {norm:.2f}  {tokens_per_second:,.0f} tokens/s  "
     "{peak_share:.0%} of peak  {memory_gb:.1f} GB  {seconds_left:.0f} s left"
 )
+VALIDATION = "step {step}  validation: {bits_per_image:.1f} bits an image, {bits_per_byte:.3f} bits a byte"
 
 
 def train(config: Config) -> None:
@@ -269,13 +280,8 @@ def train(config: Config) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         numbers = rows_of(step, config.batch, len(rows), config.seed)
-        loss, mine = torch.zeros((), device=device), numbers[rank() :: world()]
-        for at in range(0, share, micro):
-            x, y = batch_of(streams["train"], rows[mine[at : at + micro]], config.context, device)
-            sync_gradients(model, at + micro == share)  # add gradients up here, exchange them once
-            part = cross_entropy(model(x), y) * (micro / share)
-            part.backward()
-            loss += part.detach()
+        mine = rows[numbers[rank() :: world()]]
+        loss = backward(model, streams["train"], mine, micro, config.context, device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not torch.isfinite(norm):
@@ -309,14 +315,11 @@ def train(config: Config) -> None:
             say(LINE.format(**record))
         if due:
             pause = time.perf_counter()
-            result = evaluate(model, streams["val"], config, device)
-            log.write({"step": step, **{f"val_{name}": value for name, value in result.items()}})
-            say(
-                "step {}  validation: {bits_per_image:.1f} bits an image, {bits_per_byte:.3f} bits a byte".format(
-                    step, **result
-                )
-            )
-            show(model, tokens, out, step, config, log)
+            with torch.compiler.set_stance("force_eager"):  # lengths vary: compiling anew for each would take longer
+                result = evaluate(model, streams["val"], config, device)
+                log.write({"step": step, **{f"val_{name}": value for name, value in result.items()}})
+                say(VALIDATION.format(step=step, **result))
+                show(model, tokens, out, step, config, log)
             save_checkpoint(out, model, optimizer, step, config, say)
             started += time.perf_counter() - pause
     bar.close()
