@@ -54,7 +54,6 @@ class Config(ModelConfig):
     warmup: int = 100  # steps of linear rise, before the cosine fall to a tenth of the peak
     decay: float = 0.1  # weight decay of the matrices
     clip: float = 1.0  # largest gradient norm
-    whole: bool = True  # rows begin with a whole document; else they cut the stream anywhere, as the paper's
     seed: int = 0  # of the weights, the order of the rows and the samples
     log_every: int = 20  # steps from one line of the log to the next
     every: int = 500  # steps from one evaluation, grid and checkpoint to the next
@@ -72,7 +71,6 @@ PAPER = partial(
     steps=100_000,
     batch=512,
     micro=1,
-    whole=False,
     compile=True,
     recompute=True,
 )
@@ -135,21 +133,12 @@ class Stream:
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
 
-    def rows(self, context: int, whole: bool) -> np.ndarray:
-        """Where the rows of context + 1 tokens begin.
+    def rows(self, context: int) -> np.ndarray:
+        """Where the rows of context + 1 tokens begin: end to end, wherever that cuts a document, as in the paper.
 
-        Cut anywhere, they lie end to end.  Whole, each begins with the first document that does not end in the row
-        before.
+        Rows that begin with a document cost the same bits an image for the same compute (README), and some tokens twice.
         """
-        total = int(self.bounds[-1])
-        if not whole:
-            return np.arange(0, total - context, context)
-        starts, at = [], 0
-        while at < total:
-            starts.append(at)
-            following = int(self.documents[np.searchsorted(self.documents, at + context + 1, "right") - 1])
-            at = following if following > at else at + context  # a document longer than a row
-        return np.array(starts)
+        return np.arange(0, int(self.bounds[-1]) - context, context)
 
 
 def rows_of(step: int, batch: int, count: int, seed: int) -> np.ndarray:
@@ -249,7 +238,7 @@ def train(config: Config) -> None:
     tokens = load_tokens(Path(config.data))
     streams = {split: Stream(Path(config.data), split) for split in ("train", "val")}
     config = replace(config, vocab=tokens.vocab)
-    rows = streams["train"].rows(config.context, config.whole)
+    rows = streams["train"].rows(config.context)
     if (total := streams["train"].bounds[-1]) <= config.context:
         row = f"--context {config.context}"
         raise UserError(f"{config.data} has {total:,} tokens, not one row of {row}: prepare more images, or lower it")

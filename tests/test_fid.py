@@ -323,20 +323,29 @@ def test_two_processes_give_the_features_of_one(weights, tmp_path):
     assert results[0]["files_sha256"] == results[1]["files_sha256"]
 
 
-def test_decoding_is_never_more_than_a_few_batches_ahead(tmp_path):
-    images, decoded = fid.Images(folder(tmp_path, 40)), []
-    original = fid.Images.__getitem__
+def test_work_is_never_more_than_a_few_batches_ahead_and_comes_in_order():
+    started = []
+    for taken, result in enumerate(fid.ahead(lambda item: started.append(item) or item, range(40), workers=3)):
+        assert result == taken and len(started) <= taken + 1 + 3
+    assert sorted(started) == list(range(40))
 
-    class Counted(fid.Images):
-        def __getitem__(self, index):
-            decoded.append(index)
-            return original(self, index)
 
-    images.__class__ = Counted
-    batches = fid.read_ahead(images, [range(i, i + 2) for i in range(0, 40, 2)], workers=3)
-    for taken, _ in enumerate(batches, start=1):
-        assert len(decoded) <= 2 * (taken + 3)
-    assert sorted(decoded) == list(range(40))
+def test_memory_grows_by_the_features_alone(tmp_path):
+    """Peak memory of 200 images of 3 MB each, beside that of 20; all of them at once would be 600 MB."""
+    code = (
+        "import resource, sys, pathlib, torch, fid; from torch import nn\n"
+        "fid.extract(fid.Images(pathlib.Path(sys.argv[1])), nn.Sequential(nn.AvgPool2d(299), nn.Flatten()))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for count in (20, 200):
+        path = tmp_path / str(count)
+        path.mkdir()
+        for i in range(count):
+            Image.new("RGB", (1024, 1024), (i, 0, 0)).save(path / f"{i}.jpg")
+        ended = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT, check=True)
+        peaks.append(int(ended.stdout))
+    assert peaks[1] - peaks[0] < 100_000  # kB
 
 
 # --- What a user can get wrong ----------------------------------------------------------------------------------------

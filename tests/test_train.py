@@ -63,21 +63,9 @@ def test_each_row_comes_once_an_epoch_in_an_order_of_its_own():
     assert np.array_equal(large, np.concatenate([rows_of(step, 1, 50, seed=3) for step in range(360, 480)]))
 
 
-@pytest.mark.parametrize("context", [100, 256, 1000])
-def test_whole_rows_begin_with_documents_and_miss_none(prepared, context):
-    stream, start = Stream(prepared, "train"), load_tokens(prepared).start
-    rows = stream.rows(context, whole=True)
-    longest = np.diff(stream.documents).max()
-    covered = np.zeros(int(stream.bounds[-1]), bool)
-    for row in rows:
-        covered[row : row + context + 1] = True
-        assert stream.read(row, 1)[0] == start or longest > context + 1
-    assert covered.all()
-
-
-def test_cut_rows_lie_end_to_end(prepared):
+def test_rows_lie_end_to_end(prepared):
     stream = Stream(prepared, "train")
-    rows = stream.rows(256, whole=False)
+    rows = stream.rows(256)
     assert np.array_equal(np.diff(rows), np.full(len(rows) - 1, 256))
     assert rows[-1] + 257 <= stream.bounds[-1] < rows[-1] + 257 + 256
 
