@@ -45,7 +45,6 @@ class Codec(Protocol):
     def encode(self, pixels: np.ndarray) -> np.ndarray: ...  # the same pixels, the same symbols
     def decode(self, symbols: np.ndarray) -> np.ndarray: ...  # any symbols give pixels of the right size
     def file(self, symbols: np.ndarray) -> bytes: ...  # the symbols as a file that any viewer opens
-    def symbols(self, file: bytes) -> np.ndarray: ...  # and back
     def check(self, symbols: np.ndarray) -> str | None: ...  # None for a whole valid file, else what is wrong where
     def head(self, symbols: np.ndarray, keep: float) -> np.ndarray: ...  # the symbols of the top part of the picture
 
@@ -90,22 +89,18 @@ class JPEG:
 
     def decode(self, symbols: np.ndarray) -> np.ndarray:
         """Any symbols to pixels (size, size, 3) uint8; what cannot be read is grey, what is too much is left out."""
-        scan = re.sub(
-            rb"\xff+[^\x00\xd0-\xd7\xff]", b"", self._scan(symbols)
-        )  # libjpeg obeys other markers, or gives up
-        with Image.open(io.BytesIO(self._whole(scan))) as image:
+        with Image.open(io.BytesIO(self.file(symbols))) as image:
             return np.asarray(image.convert("RGB"))
 
     def file(self, symbols: np.ndarray) -> bytes:
-        """The symbols as they are, with the tables and what else was left out put back: a file that any viewer
-        opens."""
-        data = bytes(np.asarray(symbols, np.uint8))
-        return data[: len(SOI)] + self.tables + data[len(SOI) :] if self.header else self._whole(data)
+        """The symbols as they are, with the tables and what else was left out put back: a file that any viewer opens.
 
-    def symbols(self, file: bytes) -> np.ndarray:
-        """The inverse of `file`."""
-        data = file[: len(SOI)] + file[len(SOI + self.tables) :]
-        return np.frombuffer(data if self.header else data[len(self.frame) : -len(EOI)], np.uint8)
+        Only markers that have no place in a scan are dropped, for libjpeg would obey them, or give up.
+        """
+        data = bytes(np.asarray(symbols, np.uint8))
+        scan = data[len(self.frame) :].removesuffix(EOI) if self.header else data
+        scan = re.sub(rb"\xff+[^\x00\xd0-\xd7\xff]", b"", scan)
+        return SOI + self.tables + self.frame[len(SOI) :] + scan + EOI
 
     def check(self, symbols: np.ndarray) -> str | None:
         """None for a whole valid file, else a sentence saying what is wrong where.
@@ -189,13 +184,6 @@ class JPEG:
         data = self._write(np.zeros((self.size, self.size, 3), np.uint8), streamtype=2)
         scan = data.index(b"\xff\xda")
         return data[: scan + 2 + int.from_bytes(data[scan + 2 : scan + 4])]
-
-    def _scan(self, symbols: np.ndarray) -> bytes:
-        data = bytes(np.asarray(symbols, np.uint8))
-        return data[len(self.frame) :].removesuffix(EOI) if self.header else data
-
-    def _whole(self, scan: bytes) -> bytes:
-        return SOI + self.tables + self.frame[len(SOI) :] + scan + EOI
 
     def _write(self, pixels: np.ndarray, streamtype: int) -> bytes:
         out = io.BytesIO()

@@ -3,6 +3,7 @@
     python fid.py samples/ photos/                        FID on the usual 2,048 features
     python fid.py samples/ photos/ --dims 768 --kid --pr --infinity --json
     python fid.py photos/ --save photos.npz               statistics, for later and for pytorch_fid
+    python fid.py completions/                            what sample.py --prompt wrote, at each ratio that was kept
     torchrun --nproc-per-node 8 fid.py samples/ photos.npz
 
 Each image becomes a vector, the pooled features of a trained Inception network; the distance is between the two clouds
@@ -545,9 +546,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--skip-broken", action="store_true", help="leave out files that cannot be read, instead of stopping")
     add("--json", action="store_true", help="print one JSON object with everything needed to repeat the measurement")
     args = parser.parse_args(argv)
-    if args.b is None and args.save is None:
+    if args.b is None and args.save is None and not completions(args.a):
         parser.error("B is missing: give a second set, or --save FILE to keep the statistics of A")
     return args
+
+
+def completions(folder: Path) -> list[Path]:
+    """The folders that `sample.py --prompt` leaves: originals, their round trip, then a folder for each ratio kept."""
+    kept = sorted(folder.glob("keep_*"), key=lambda path: float(path.name.removeprefix("keep_")))
+    return [folder / "originals", folder / "roundtrip", *kept] if kept else []
+
+
+ROW = (
+    "keep {keep}: FID-{dims} {fid_originals:.2f} to the originals, {fid_roundtrip:.2f} to their round trip, floor "
+    "{fid_floor:.2f}  ({count:,} files, seed {seed}, temperature {temperature:g}, top-k {top_k}, top-p {top_p:g})"
+)
+
+
+def evaluation(sets: list[Statistics]) -> list[dict]:
+    """The paper's protocol (section 4): FID of the completions at each ratio, with how they were drawn.
+
+    Against the originals, as in the paper; against the originals as the codec gives them back, which leaves out what no
+    model of these files could do better; and between those two, the floor.
+    """
+    originals, roundtrip, *kept = sets
+    floor, rows = frechet_distance(roundtrip, originals), []
+    for s in kept:
+        drawn = json.loads((Path(s.about["path"]) / "samples.json").read_text())
+        fids = {"fid_originals": frechet_distance(s, originals), "fid_roundtrip": frechet_distance(s, roundtrip)}
+        row = {"keep": Path(s.about["path"]).name.removeprefix("keep_"), **fids, "fid_floor": floor}
+        rows.append(row | {name: drawn[name] for name in ("count", "seed", "temperature", "top_k", "top_p")})
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -556,7 +585,7 @@ def main(argv: list[str] | None = None) -> None:
     if world > 1:
         dist.init_process_group("gloo")  # also with GPUs: only features travel, from the CPU
     sets, network, notes = [], None, []
-    for path in filter(None, (args.a, args.b)):
+    for path in filter(None, (args.a, args.b)) if args.b or args.save else completions(args.a):
         if not path.exists():
             fail(f"{path} does not exist: give a folder of images or an .npz")
         if not path.is_dir() and path.suffix.lower() != ".npz":
@@ -605,7 +634,9 @@ def report(args: argparse.Namespace, sets: list[Statistics], notes: list[str], a
     if len(made_with) > 1:
         notes.append(f"the two sets were made with different weights ({', '.join(sorted(x[:8] for x in made_with))})")
     result: dict[str, float] = {}
-    if len(sets) == 2:
+    if args.b is None and args.save is None:
+        result["completions"] = evaluation(sets)
+    elif len(sets) == 2:
         a, b = sets
         for asked, flag, least in ((args.kid, "--kid", 2), (args.pr, "--pr", 4)):
             for s in (a, b) if asked else ():
@@ -628,12 +659,15 @@ def report(args: argparse.Namespace, sets: list[Statistics], notes: list[str], a
         print(f"warning: {note}", file=sys.stderr)
     if args.json:
         versions = {module.__name__: module.__version__ for module in (torch, np, PIL)}
-        result |= {name: s.about for name, s in zip("ab", sets, strict=False)}
+        names = [Path(s.about["path"]).name for s in sets] if "completions" in result else "ab"
+        result |= {name: s.about for name, s in zip(names, sets, strict=False)}
         result |= {"dims": args.dims, "resize": RESIZE, "seed": args.seed, "warnings": notes}
         result |= {"command": shlex.join(sys.argv if argv is None else ["fid.py", *argv])}
         result |= {"versions": {"python": platform.python_version(), **versions}}
         print(json.dumps(result))
         return
+    for row in result.get("completions", []):
+        print(ROW.format(dims=args.dims, **row))
     if "fid" in result:
         counts = " and ".join(f"{s.about['count']:,}" if "count" in s.about else "unknown" for s in sets)
         print(f"FID-{args.dims} {result['fid']:.4f}  ({counts} images)")

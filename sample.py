@@ -192,13 +192,17 @@ def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray],
                 raise UserError(f"a prompt of {max(map(len, begun))} tokens fills the context: choose a smaller --keep")
             rows = generate(model, begun, tokens.end, [(settings["seed"], i) for i in numbers], **limits)
             for i, row in zip(numbers, rows, strict=True):
+                symbols = tokens.decode(row)
+                if wrong := tokens.codec.check(symbols):
+                    with open(folder / "invalid.txt", "a") as file:
+                        file.write(f"{paths[i].name}\t{wrong}\n")
                 temporary = paths[i].with_suffix(".part")
-                temporary.write_bytes(tokens.codec.file(tokens.decode(row)))
+                temporary.write_bytes(tokens.codec.file(symbols))
                 temporary.replace(paths[i])
                 bar.update()
-    symbols = [tokens.codec.symbols(path.read_bytes()) for path in paths]
-    grid([tokens.codec.decode(document) for document in symbols[:64]]).save(folder / "grid.png")
-    return sum(tokens.codec.check(document) is None for document in symbols)
+    grid([np.asarray(Image.open(path)) for path in paths[:64]]).save(folder / "grid.png")
+    invalid = (folder / "invalid.txt").read_text().splitlines() if (folder / "invalid.txt").exists() else []
+    return len(paths) - len({line.split("\t")[0] for line in invalid})
 
 
 def main(arguments: list[str] | None = None) -> None:

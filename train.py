@@ -136,7 +136,7 @@ class Stream:
     def rows(self, context: int) -> np.ndarray:
         """Where the rows of context + 1 tokens begin: end to end, wherever that cuts a document, as in the paper.
 
-        Rows that begin with a document cost the same bits an image for the same compute (README), and some tokens twice.
+        Rows that begin with a document cost the same bits an image for the same compute: see the README.
         """
         return np.arange(0, int(self.bounds[-1]) - context, context)
 

@@ -7,13 +7,22 @@ What is compared runs in turn, A B A B, after one warm-up each, so that other lo
 """
 
 import argparse
+import contextlib
+import io
+import itertools
 import json
 import os
 import platform
+import resource
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +31,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fid as fid_py  # the function below has the short name
+import train
+from codec import JPEG
+from data.prepare import cores, prepare
+from data.shapes import draw, make
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
@@ -143,7 +156,139 @@ def fid() -> None:
     emit("fid distance at 2048 dims", seconds, "s")
 
 
-BENCHMARKS = {"fid": fid}
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class RandomTokens:
+    """Stands for a Stream: where the tokens come from is not measured."""
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return np.random.default_rng(start).integers(0, 320, count, np.uint16)
+
+
+def training() -> None:
+    """Tokens/s of a step at dim 192, 4 layers, 6 heads, context 512, batch 16, beside transformers' Llama."""
+    shape = {"vocab": 320, "context": 512, "dim": 192, "layers": 4, "heads": 6, "kv_heads": 6, "hidden": 512}
+    config, cpu, rows = train.Config(**shape), torch.device("cpu"), np.arange(16)
+
+    def ours(micro: int, compiled: bool = False) -> Callable[[], None]:
+        model = train.build_model(replace(config, compile=compiled), cpu)
+        optimizer = train.build_optimizer(model, config)
+
+        def step() -> None:
+            train.backward(model, RandomTokens(), rows, micro, 512, cpu)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    functions = {"ours": ours(config.micro), "ours in one pass": ours(16)}
+    if shutil.which("c++") or shutil.which("g++"):
+        functions["ours compiled"] = ours(config.micro, compiled=True)
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        theirs = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=320,
+                hidden_size=192,
+                intermediate_size=512,
+                num_hidden_layers=4,
+                num_attention_heads=6,
+                max_position_embeddings=512,
+                attn_implementation="sdpa",
+            )
+        )
+        optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        x = torch.randint(0, 320, (16, 512))
+
+        def step() -> None:
+            theirs(x, labels=x).loss.backward()
+            nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        functions["transformers"] = step
+    except ImportError:
+        pass
+    speeds = {name: 16 * 512 / seconds for name, seconds in interleaved(functions, rounds=7).items()}
+    ratio = speeds["ours"] / speeds["transformers"] if "transformers" in speeds else None
+    emit("training step, 1.9M parameters", speeds, "tokens/s", ratio)
+
+
+# --- preparation ------------------------------------------------------------------------------------------------------
+
+
+def bare_loop(paths: list[Path]) -> int:
+    """What the encoding itself costs: open, convert, resize, save."""
+    written = 0
+    for path in paths:
+        out = io.BytesIO()
+        with Image.open(path) as image:
+            image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS).save(
+                out, "JPEG", quality=25, subsampling="4:2:0", streamtype=2, restart_marker_blocks=1
+            )
+        written += len(out.getvalue())
+    return written
+
+
+def preparation() -> None:
+    """Files/s of data.prepare beside a bare Pillow loop on as many processes; memory at few files and at many."""
+    count = 16_384
+    with tempfile.TemporaryDirectory() as folder:
+        pictures, outs = Path(folder) / "pictures", itertools.count()
+        pictures.mkdir()
+        for i in range(count):
+            picture = np.asarray(Image.fromarray(draw(i % 512)).resize((96, 96)))
+            Image.fromarray(picture).save(pictures / f"{i:05d}.jpg", quality=95)
+        paths = sorted(pictures.iterdir())
+
+        def bare() -> None:
+            with ProcessPoolExecutor(cores()) as pool:
+                list(pool.map(bare_loop, [paths[i : i + 64] for i in range(0, count, 64)]))
+
+        def ours() -> None:
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+                prepare(pictures, Path(folder) / f"out{next(outs)}", JPEG(), 320, 0.05, cores())
+
+        speeds = {name: count / seconds for name, seconds in interleaved({"ours": ours, "bare": bare}, 3).items()}
+        emit("preparation, 96 to 64 px", speeds, "files/s", speeds["ours"] / speeds["bare"])
+
+        peaks = {}
+        for part in (count // 8, count):
+            few = Path(folder) / f"few{part}"
+            few.mkdir()
+            for path in paths[:part]:
+                (few / path.name).hardlink_to(path)
+            script = (
+                f"from data.prepare import *; from codec import JPEG; import resource\n"
+                f"prepare(Path({str(few)!r}), Path({str(few) + 'out'!r}), JPEG(), 320, 0.05, 2)\n"
+                f"import sys; usage = [resource.getrusage(who).ru_maxrss for who in (-1, 0)]\n"
+                f"print(max(usage), file=sys.stderr)"
+            )
+            result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+            peaks[f"{part} files"] = int(result.stderr.split()[-1]) / 1024
+        emit("preparation, largest process", peaks, "MiB")
+
+
+# --- the whole of the small config ------------------------------------------------------------------------------------
+
+
+def small() -> None:
+    """Minutes and memory from drawing the pictures to the last grid."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        make(Path(folder) / "shapes")
+        arguments = ["train.py", "--data", f"{folder}/shapes", "--out", f"{folder}/out"]
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        minutes = (time.perf_counter() - start) / 60
+    emit("small, drawn to grid", {"minutes": minutes}, "min")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
+    emit("small, largest process", {"memory": peak}, "GiB")
+
+
+BENCHMARKS = {"training": training, "preparation": preparation, "fid": fid, "small": small}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__.split("\n")[0])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from codec import JPEG
@@ -13,6 +14,8 @@ from data.prepare import prepare
 from data.shapes import draw
 
 ROOT = Path(__file__).parents[1]
+settings.register_profile("any machine", deadline=None)  # speed is for tests.benchmark
+settings.load_profile("any machine")
 SHARED = ROOT.parent / "shared" / "data"  # not part of the project: real images, where they are at hand
 
 

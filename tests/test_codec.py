@@ -45,14 +45,13 @@ def test_every_size_round_trips(size, subsampling, pictures):
 
 @pytest.mark.parametrize("jpeg", SETTINGS)
 def test_file_is_what_pillow_writes_whole(jpeg, pictures):
-    """The tables put back give the pixels of an ordinary JPEG of the same quality, and `symbols` undoes `file`."""
+    """The tables put back give the pixels of an ordinary JPEG of the same quality."""
     for picture in pictures[::7]:
         symbols, out = jpeg.encode(picture), io.BytesIO()
         Image.fromarray(picture).save(out, "JPEG", quality=jpeg.quality, subsampling=jpeg.subsampling)
         ordinary = np.asarray(Image.open(out))
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(jpeg.file(symbols)))), ordinary)
         assert np.array_equal(jpeg.decode(symbols), ordinary)
-        assert np.array_equal(jpeg.symbols(jpeg.file(symbols)), symbols)
 
 
 @pytest.mark.parametrize("jpeg", SETTINGS[:2])
