@@ -323,6 +323,17 @@ def test_two_processes_give_the_features_of_one(weights, tmp_path):
     assert results[0]["files_sha256"] == results[1]["files_sha256"]
 
 
+def test_images_are_resized_as_pytorch_fid_does_and_each_alone():
+    rng = np.random.default_rng(0)
+    pictures = [torch.from_numpy(rng.integers(0, 256, shape, np.uint8)) for shape in ((3, 700, 450), (3, 32, 32))]
+    ours = fid.prepare(pictures, torch.device("cpu"))
+    for x, pixels in zip(ours, pictures, strict=True):
+        theirs = torch.nn.functional.interpolate(
+            pixels[None] / 255, size=(299, 299), mode="bilinear", align_corners=False
+        )
+        torch.testing.assert_close(x, 2 * theirs[0] - 1)
+
+
 def test_work_is_never_more_than_a_few_batches_ahead_and_comes_in_order():
     started = []
     for taken, result in enumerate(fid.ahead(lambda item: started.append(item) or item, range(40), workers=3)):
