@@ -45,27 +45,28 @@ from codec import (
 )
 
 FORMATS = [
-    "AVIF",
-    "BMP",
-    "DIB",
-    "GIF",
-    "ICO",
     "JPEG",
-    "JPEG2000",
-    "PCX",
     "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "AVIF",
+    "JPEG2000",
     "PPM",
+    "TGA",
+    "DIB",
+    "ICO",
+    "PCX",
     "PSD",
     "SGI",
-    "TGA",
-    "TIFF",
-    "WEBP",
-]  # EPS would start a program
+]
+# EPS is not among them, since Pillow starts a program for it
 LARGEST_FILE = 256 << 20  # bytes
 PART = 8192  # files: what an interruption loses at most
 TASK = 64  # files that a worker takes at once
 SAMPLE = 10_000  # documents that byte pairs are learned on (section 3.2 of the paper) ...
-SAMPLE_SYMBOLS = 16_000_000  # ... if they are no larger than this together
+SAMPLE_SYMBOLS = 1_000_000  # ... if they are no larger than this together
 
 
 # --- one file to pixels ---------------------------------------------------------------------------------------------
@@ -137,7 +138,8 @@ def read_square(data: bytes, size: int) -> np.ndarray:
                 image.draft(
                     None, (2 * size, 2 * size)
                 )  # a large JPEG is decoded at 1/2, 1/4 or 1/8, never below twice the size
-                image = to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                image = to_rgb(image)
     except Unusable:
         raise
     except UnidentifiedImageError:
