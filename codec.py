@@ -391,6 +391,10 @@ def from_text(text: str) -> np.ndarray:
 CODECS = {"jpeg": JPEG}
 
 
+def name_of(codec: Codec) -> str:
+    return next(name for name, kind in CODECS.items() if isinstance(codec, kind))
+
+
 def fingerprint(codec: Codec) -> str:
     """A hash of what this machine's encoder makes of a fixed picture, for versions of libjpeg may differ in their
     bytes."""
@@ -405,8 +409,12 @@ def encoder() -> str:
 
 def save_tokens(folder: Path, tokens: Tokens) -> None:
     """Write codec.json: the codec and its settings, the byte pairs, and which encoder made them."""
-    name = next(name for name, kind in CODECS.items() if isinstance(tokens.codec, kind))
-    settings = {"codec": name, **asdict(tokens.codec), "encoder": encoder(), "fingerprint": fingerprint(tokens.codec)}
+    settings = {
+        "codec": name_of(tokens.codec),
+        **asdict(tokens.codec),
+        "encoder": encoder(),
+        "fingerprint": fingerprint(tokens.codec),
+    }
     Path(folder, "codec.json").write_text(json.dumps({**settings, "merges": tokens.merges}) + "\n")
 
 

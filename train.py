@@ -378,7 +378,8 @@ class Log:
     def __init__(self, out: Path, step: int):
         self.path = out / "log.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.records = [record for record in map(json.loads, filter(complete, lines)) if record["step"] <= step]
+        whole = (json.loads(line) for line in lines if line.endswith("}"))  # the last may have been cut by a kill
+        self.records = [record for record in whole if record["step"] <= step]
         if rank() == 0:
             self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
@@ -387,10 +388,6 @@ class Log:
         if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-def complete(line: str) -> bool:
-    return line.endswith("}")
 
 
 def show(model: Llama, tokens: Tokens, out: Path, step: int, config: Config, log: Log) -> None:

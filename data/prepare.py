@@ -40,6 +40,7 @@ from codec import (
     encoder,
     fingerprint,
     learn_pairs,
+    name_of,
     run,
     save_tokens,
 )
@@ -254,9 +255,13 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
     for item in walk(source):
         listing.update(f"{item.name}\0{item.length}\n".encode(errors="surrogateescape"))
         files += 1
-    kind = next(name for name, kind in CODECS.items() if isinstance(codec, kind))
-    settings = {"codec": kind, **asdict(codec), "vocab": vocab, "val": validation, "encoder": fingerprint(codec)}
-    settings |= {"source": str(source.resolve()), "files": files, "listing": listing.hexdigest()[:16]}
+    settings = {"codec": name_of(codec), **asdict(codec), "vocab": vocab, "val": validation}
+    settings |= {
+        "encoder": fingerprint(codec),
+        "source": str(source.resolve()),
+        "files": files,
+        "listing": listing.hexdigest()[:16],
+    }
     parts = out / "parts"
     for place in (out / "report.json", parts / "settings.json"):
         if place.exists():
