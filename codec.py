@@ -19,7 +19,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -47,6 +47,7 @@ class Codec(Protocol):
     def file(self, symbols: np.ndarray) -> bytes: ...  # the symbols as a file that any viewer opens
     def check(self, symbols: np.ndarray) -> str | None: ...  # None for a whole valid file, else what is wrong where
     def head(self, symbols: np.ndarray, keep: float) -> np.ndarray: ...  # the symbols of the top part of the picture
+    def grammar(self) -> "Grammar": ...  # which symbols may follow which
 
 
 # --- JPEG -----------------------------------------------------------------------------------------------------------
@@ -162,6 +163,11 @@ class JPEG:
         data, start = bytes(symbols), len(self.frame) if self.header else 0
         markers = [match.end() for match in re.finditer(rb"\xff[\xd0-\xd7]", data[start:])]
         return symbols[: start + markers[rows * self.rows - 1]] if rows else symbols[:start]
+
+    def grammar(self) -> "Grammar":
+        """Only with a restart marker after every MCU does each begin on a byte, with nothing remembered; else all is
+        allowed."""
+        return scan_grammar(self) if self.restart == 1 else no_grammar(self.vocab)
 
     @property
     def rows(self) -> int:
@@ -288,6 +294,151 @@ def scan_automaton(subsampling: str):
     return steps, end, place
 
 
+# --- the grammar: which tokens may come next ------------------------------------------------------------------------
+
+LOCAL, ANY, NEVER = 0xFFFFF, 8 << 26, 15 << 26  # parts of an entry of Grammar.table
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A finite automaton that reads a file token by token and knows, before each, what may follow and where it stands.
+
+    A state is one number, mcu * len(table) + local: how many MCUs are over, and where the reader is in this one.  The
+    last three local states are the same for all: `marker`, after the FF that follows an MCU; then after EOI; then
+    after the end.  The arrays are numpy's, or tensors on any device, for all is arithmetic and indexing, and any
+    number of files go side by side.
+    """
+
+    table: np.ndarray  # (locals, vocab) int32: local state after a token | MCUs that end in it << 20 | phase << 26,
+    # which is what the number of MCUs must be modulo 8 for its restart markers; 8: any will do, 15: none
+    away: np.ndarray  # (locals,) int32: bytes to the end of the file, if this is the last MCU
+    syntax: np.ndarray  # (locals, F) int64: where a local state is, as F small numbers,
+    places: np.ndarray  # (MCUs + 1, F) int64: to which an MCU adds its place in the picture
+    positions: tuple[int, ...] = ()  # the F numbers are below these
+    first: int = 0  # state after the start
+    mcus: int = 1
+    header: bool = False
+    closing: int = 0  # local state that the end may follow
+    shortest: int = 0  # bytes of an MCU with the marker before it, at least
+
+    def rest(self, mcu, local):
+        """Tokens of the shortest way to the end of the file."""
+        return self.away[local] + (self.mcus - 1 - mcu) * self.shortest
+
+    def judge(self, entry, mcu, left: int):
+        """Whether the table's entries are allowed at an MCU: restart markers count on, the picture has so many MCUs,
+        and the rest of the file fits in `left` tokens."""
+        phase, local, after = entry >> 26, entry & LOCAL, mcu + (entry >> 20 & 63)
+        marker, last = len(self.table) - 3, self.mcus - 1 + self.header  # EOI begins like one more restart marker
+        return (
+            ((phase == 8) | (phase == mcu % 8))
+            & (after <= self.mcus - 1 + self.header * (local >= marker))
+            & ((after == last) | (local <= marker))
+            & (self.rest(after, local) <= left)
+        )
+
+    def legal(self, state, left: int = 1 << 30):
+        """Which tokens (..., vocab) may follow states (...), such that `left` more suffice to end the file."""
+        size = len(self.table)
+        return self.judge(self.table[state % size], (state // size)[..., None], left)
+
+    def advance(self, state, token):
+        """The states (...) after tokens (...), and whether they were allowed; what is not changes nothing."""
+        size = len(self.table)
+        mcu, entry = state // size, self.table[state % size, token]
+        allowed = self.judge(entry, mcu, 1 << 30)
+        after = (mcu + (entry >> 20 & 63)) * size + (entry & LOCAL)
+        return state + (after - state) * allowed, allowed
+
+    def position(self, state):
+        """What the reader knows of its place, as F small numbers (..., F): see `scan_grammar`."""
+        size = len(self.table)
+        return self.syntax[state % size] + self.places[state // size]
+
+    def walk(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The states (B, T) after every token of documents that begin with a start, and whether it was allowed."""
+        states, allowed = np.full(tokens.shape, self.first, np.int64), np.ones(tokens.shape, bool)
+        for t in range(1, tokens.shape[1]):
+            states[:, t], allowed[:, t] = self.advance(states[:, t - 1], tokens[:, t])
+        return states, allowed
+
+
+def no_grammar(vocab: int) -> Grammar:
+    """All symbols in any order, and no positions."""
+    table = np.array([[ANY] * vocab] + [[NEVER] * vocab] * 2, np.int32)
+    return Grammar(table, np.zeros(3, np.int32), np.zeros((3, 0), np.int64), np.zeros((2, 0), np.int64))
+
+
+def scan_grammar(codec: JPEG) -> Grammar:
+    """Over bytes: the bits of `scan_automaton` eight at a time; around them header, stuffing, padding and markers.
+
+    Local states are those of the bit automaton, those that wait for the 00 after an FF, the header's, the end of an
+    MCU, and the three of `Grammar`.  Positions are five: the block, the coefficient, the node of which Huffman tree or
+    the extra bits left, the row and the column of the MCU.
+    """
+    steps, end, _ = scan_automaton(codec.subsampling)
+    bits = np.array([*steps, -1, end, -1, -1], np.int32).reshape(-1, 2)  # after the end only ones, after -1 nothing
+    following = np.arange(end, dtype=np.int32)[:, None]
+    for _ in range(8):
+        following = bits[following].reshape(end, -1)
+    stuffed, which = np.unique(following[:, 0xFF], return_inverse=True)
+    header = codec.frame if codec.header else b""
+    in_header = end + len(stuffed)
+    over = in_header + len(header)
+    marker, eoi, ended = over + 1, over + 2, over + 3
+
+    table = np.full((over + 4, codec.vocab), NEVER, np.int32)
+    table[:end] = np.where(following < 0, NEVER, np.where(following == end, over, following) | ANY)
+    table[end:in_header, 0] = np.where(stuffed < 0, NEVER, np.where(stuffed == end, over, stuffed) | ANY)
+    table[:end, 0xFF] = np.where(following[:, 0xFF] < 0, NEVER, end + which | ANY)
+    for i, byte in enumerate(header):
+        table[in_header + i, byte] = (in_header + i + 1 if i + 1 < len(header) else 0) | ANY
+    table[over, 0xFF] = marker | 1 << 20 | ANY
+    table[marker, 0xD0:0xD8] = np.arange(1, 9) % 8 << 26  # number n - 1 stands before MCU n (E.1.4)
+    if header:
+        table[marker, EOI[1]] = eoi | ANY
+
+    far = 1 << 20
+    away = np.full(len(table), far, np.int32)  # to the end of the MCU: a fixed point, reached in a few rounds
+    away[over] = 0
+    while True:
+        nearer = np.minimum(away, 1 + np.where(table < NEVER, away[table & LOCAL], far).min(1))
+        if (nearer == away).all():
+            break
+        away = nearer
+    shortest = int(2 + away[0])
+    away[eoi] = away[ended] = shortest  # these are met when one MCU more is over than there are
+    table[(table < NEVER) & (away == far)[table & LOCAL]] = NEVER  # no way leads out of there
+    away += 2 * bool(header) + 1
+    away[eoi], away[ended] = shortest + 1, shortest if header else 0
+
+    blocks = BLOCKS[codec.subsampling].luma + 2
+    width = end // (65 * blocks)
+    inside = np.concatenate([np.arange(end), stuffed.clip(0)])
+    block, coefficient, node = inside // (65 * width), inside // width % 65, inside % width
+    tree = 2 * (coefficient > 0) + (block >= blocks - 2)
+    parts = np.zeros((len(table), 5), np.int64)
+    parts[:in_header, 0], parts[:in_header, 1] = block, coefficient
+    parts[:end, 2], parts[end:in_header, 2] = (tree * width + node)[:end], 4 * width
+    parts[in_header:, 0] = [*[blocks] * len(header), *range(blocks + 1, blocks + 5)]
+    parts[in_header:over, 2] = np.arange(len(header))
+    mcu = np.minimum(np.arange(codec.mcus + 1), codec.mcus - 1)
+    sizes = (blocks + 5, 65, 4 * width + 1, codec.rows, codec.rows)
+    places = np.stack([0 * mcu, 0 * mcu, 0 * mcu, mcu // codec.rows, mcu % codec.rows], 1)
+    return Grammar(
+        table,
+        away,
+        parts,
+        places,
+        positions=sizes,
+        first=in_header if header else 0,
+        closing=eoi if header else over,
+        mcus=codec.mcus,
+        header=codec.header,
+        shortest=shortest,
+    )
+
+
 # --- byte pairs -----------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +489,24 @@ class Tokens:
             self.expansions[token] for token in tokens[: ends[0] if len(ends) else None].tolist() if token < self.start
         ]
         return np.concatenate([np.empty(0, self.dtype), *known])
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """The codec's, over tokens: what a pair does is what its right half does after its left half."""
+        grammar = self.codec.grammar()
+        table = np.full((self.vocab, len(grammar.table)), NEVER, np.int32)
+        table[: self.codec.vocab] = grammar.table.T
+        for token, (left, right) in enumerate(self.merges, self.codec.vocab):
+            one = table[left]
+            two = table[right, one & LOCAL]
+            mcus, phase = (one >> 20 & 63) + (two >> 20 & 63), two >> 26
+            assert mcus.max() < 64, f"token {token} holds more than 63 restart markers"
+            phase = np.where(phase < 8, (phase - (one >> 20 & 63)) % 8, phase)  # as seen from before the left half
+            phase = np.where(one >> 26 == 8, phase, np.where((two >> 26 == 8) | (phase == one >> 26), one >> 26, 15))
+            table[token] = np.where(phase == 15, NEVER, phase << 26 | mcus << 20 | two & LOCAL)
+        ended = table.shape[1] - 1
+        table[self.end, [grammar.closing, ended]] = ended | ANY
+        return replace(grammar, table=np.ascontiguousarray(table.T))
 
     @property
     def hash(self) -> str:
@@ -445,7 +614,8 @@ def foreign_encoder(folder: Path, codec: Codec) -> str | None:
 
 
 class Flags(argparse.ArgumentParser):
-    """A parser whose flags are the fields of dataclasses, with the comment behind each field as its help."""
+    """A parser whose flags are the fields of dataclasses, with the comment behind each as its help; without one it is
+    no flag."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -455,7 +625,7 @@ class Flags(argparse.ArgumentParser):
     def add_fields(self, kind: type) -> None:
         source = "".join(inspect.getsource(base) for base in reversed(kind.__mro__) if base is not object)
         comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", source, re.MULTILINE))
-        for field in fields(kind):
+        for field in (field for field in fields(kind) if field.name in comments):
             action = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
             text = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
             self.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **action)

@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    vocab: int = 320  # tokens; train.py takes it from the data
+    # these two come from the data: how many tokens, and how many values each syntax position has (none: plain Llama)
+    vocab: int = 320
+    positions: tuple[int, ...] = ()
     context: int = 2048  # longest sequence, in tokens
     dim: int = 384  # width of the residual stream
     layers: int = 6  # transformer blocks
@@ -27,6 +29,9 @@ class ModelConfig:
     hidden: int = 1024  # width inside the feed-forward
     rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+
+
+NOWHERE = torch.empty(0)  # no syntax positions
 
 
 def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,17 +121,24 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab, config.dim)
+        self.embed_positions = nn.ModuleList(nn.Embedding(values, config.dim) for values in config.positions)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab, bias=False)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Tokens (B, T) to the logits of each next token (B, T, vocab)."""
+    def forward(self, tokens: Tensor, positions: Tensor = NOWHERE, cache: Cache | None = None) -> Tensor:
+        """Tokens (B, T), and where in the file's syntax each leads (B, T, F), to the logits of the next (B, T, vocab).
+
+        Syntax positions are what a reader of the file knows before the next token, say which coefficient is being
+        read; a plain Llama takes no notice of them.
+        """
         start, config = cache.length if cache is not None else 0, self.config
         end = start + tokens.shape[1]
         assert end <= config.context, f"{end} tokens, but the model's context is {config.context}"
         table = rotary_table(start, end, config.dim // config.heads, config.rope_theta, tokens.device)
         x = self.embed_tokens(tokens)
+        for embed, position in zip(self.embed_positions, positions.unbind(-1), strict=False):
+            x = x + embed(position)
         for block in self.layers:
             x = block(x, table, cache)
         if cache is not None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from codec import Flags, Tokens, UserError, differences, foreign_encoder, load_tokens, run
+from codec import Flags, Grammar, Tokens, UserError, differences, foreign_encoder, load_tokens, run
 from data.prepare import Item, Unusable, read_file, read_square, walk
 from model import Cache, Llama, ModelConfig
 
@@ -46,44 +46,73 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     return tokens.gather(-1, place.clamp(max=(probability > 0).sum(-1, keepdim=True) - 1))[:, 0]
 
 
+def on(device: torch.device, grammar: Grammar) -> Grammar:
+    """The grammar with its tables on a device."""
+    tables = {name: getattr(grammar, name) for name in ("table", "away", "syntax", "places")}
+    return replace(grammar, **{name: torch.from_numpy(table).to(device) for name, table in tables.items()})
+
+
+def begin(grammar: Grammar, prompts: list[np.ndarray], length: int) -> None:
+    """Refuse prompts that begin no valid file, or none that can end within `length` tokens."""
+    size = len(grammar.table)
+    for number, prompt in enumerate(prompts):
+        states, allowed = grammar.walk(prompt[None].astype(np.int64))
+        if not allowed.all():
+            where = f"token {int(allowed[0].argmin())} of {len(prompt)}"
+            raise UserError(
+                f"prompt {number} does not begin a valid file ({where}): encode it as the model's data, or pass --free"
+            )
+        rest = int(grammar.rest(states[0, -1] // size, states[0, -1] % size))
+        if rest > length - len(prompt):
+            room = f"{max(0, length - len(prompt))} are left after a prompt of {len(prompt)}"
+            raise UserError(
+                f"the rest of the file takes {rest} tokens or more, and {room}: take a model with more context"
+            )
+
+
 @torch.inference_mode()
 def generate(
     model: Llama,
+    tokens: Tokens,
     prompts: list[np.ndarray],
-    end: int,
     seeds: list[tuple[int, int]],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     length: int | None = None,
-    progress: tqdm | None = None,
+    free: bool = False,
 ) -> list[np.ndarray]:
-    """Continue each prompt, tokens (n,), until it says `end` or is `length` tokens long (the context at most).
+    """Continue each prompt, tokens (n,), to the end of a whole valid file of `length` tokens (the context) at most.
 
-    The prompts may differ in length: where one is longer than the others, its tokens take the place of those drawn.
+    Only tokens that the grammar allows are drawn; if `free`, all are, and the length may cut the file.  The prompts
+    may differ in length: where one is longer than the others, its tokens take the place of those drawn.
     """
     device = model.lm_head.weight.device
     length = min(length or model.config.context, model.config.context)
+    if not free:
+        begin(tokens.grammar, prompts, length)
+    grammar = on(device, tokens.grammar)
     numbers = [np.random.Generator(np.random.Philox(key=list(seed))).random(length, np.float32) for seed in seeds]
     uniform = torch.from_numpy(np.stack(numbers)).to(device)
-    tokens = torch.full((len(prompts), length), -1, dtype=torch.long)
-    for row, prompt in zip(tokens, prompts, strict=True):
+    written = torch.full((len(prompts), length), -1, dtype=torch.long)
+    for row, prompt in zip(written, prompts, strict=True):
         row[: len(prompt)] = torch.from_numpy(prompt[:length].astype(np.int64))
-    tokens, given = tokens.to(device), min(map(len, prompts))
+    written, given = written.to(device), min(map(len, prompts))
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    cache = Cache(model.config, len(prompts), length)
-    logits = model(tokens[:, :given], cache)[:, -1]
+    states = torch.from_numpy(tokens.grammar.walk(written[:, :given].cpu().numpy())[0]).to(device)
+    cache, state = Cache(model.config, len(prompts), length), states[:, -1]
+    logits = model(written[:, :given], grammar.position(states), cache)[:, -1]
     for at in range(given, length):
-        drawn = choose(logits, uniform[:, at], temperature, top_k, top_p)
-        tokens[:, at] = torch.where(tokens[:, at] >= 0, tokens[:, at], drawn.masked_fill(done, end))
-        done |= tokens[:, at] == end
-        if progress is not None:
-            progress.update()
+        legal = grammar.legal(state, length - 1 - at) | free
+        drawn = choose(logits.masked_fill(~legal, -math.inf), uniform[:, at], temperature, top_k, top_p)
+        written[:, at] = torch.where(written[:, at] >= 0, written[:, at], drawn.masked_fill(done, tokens.end))
+        done |= written[:, at] == tokens.end
         if at % 16 == 0 and done.all():  # asking every step would make a GPU wait
             break
         if at < length - 1:
-            logits = model(tokens[:, at : at + 1], cache)[:, -1]
-    return [row[row >= 0] for row in tokens.cpu().numpy()]
+            state, _ = grammar.advance(state, written[:, at])
+            logits = model(written[:, at : at + 1], grammar.position(state)[:, None], cache)[:, -1]
+    return [row[row >= 0] for row in written.cpu().numpy()]
 
 
 def grid(pictures: list[np.ndarray], columns: int | None = None) -> Image.Image:
@@ -184,13 +213,11 @@ def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray],
     note.write_text(json.dumps(settings, indent=1) + "\n")
     paths = [folder / f"{i:05d}{tokens.codec.suffix}" for i in range(len(prompts))]
     waiting = [i for i, path in enumerate(paths) if not path.exists()]
-    limits = {name: settings[name] for name in ("temperature", "top_k", "top_p")}
+    limits = {name: settings[name] for name in ("temperature", "top_k", "top_p", "free")}
     with tqdm(total=len(paths), initial=len(paths) - len(waiting), unit=" files", desc=str(folder)) as bar:
         for numbers in (waiting[first : first + batch] for first in range(0, len(waiting), batch)):
             begun = [tokens.encode([prompts[i]])[0][:-1] for i in numbers]  # all but the end
-            if max(map(len, begun)) >= model.config.context:
-                raise UserError(f"a prompt of {max(map(len, begun))} tokens fills the context: choose a smaller --keep")
-            rows = generate(model, begun, tokens.end, [(settings["seed"], i) for i in numbers], **limits)
+            rows = generate(model, tokens, begun, [(settings["seed"], i) for i in numbers], **limits)
             for i, row in zip(numbers, rows, strict=True):
                 symbols = tokens.decode(row)
                 if wrong := tokens.codec.check(symbols):
@@ -221,6 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64, help="files at once (default: 64)")
     parser.add_argument("--prompt", type=Path, help="a picture to complete, or a folder of them")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="share of the rows given (default: 0.5)")
+    parser.add_argument("--free", action="store_true", help="let the model write what the format does not allow")
     flags = parser.parse(arguments)
     if (
         flags.temperature < 0
@@ -235,7 +263,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokens, checkpoint = load_run(flags.run, device)
-    settings = {name: getattr(flags, name) for name in ("seed", "temperature", "top_k", "top_p")}
+    if not flags.free and not tokens.grammar.shortest:
+        print(f"note: the grammar does not cover {tokens.codec}, so that files may be invalid, as with --free")
+    settings = {name: getattr(flags, name) for name in ("seed", "temperature", "top_k", "top_p", "free")}
     settings |= {"checkpoint": str(checkpoint), "codec": asdict(tokens.codec)}
     if flags.prompt is None:
         jobs = {flags.to or flags.run / "samples": [np.empty(0, tokens.dtype)] * (flags.count or 64)}

@@ -38,9 +38,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data.shapes
-from codec import Flags, Tokens, UserError, differences, load_tokens, run
+from codec import Flags, Grammar, Tokens, UserError, differences, load_tokens, run
 from model import Llama, ModelConfig
-from sample import checkpoints, generate, grid, newest, read_state
+from sample import checkpoints, generate, grid, newest, on, read_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,12 @@ class Config(ModelConfig):
     every: int = 500  # steps from one evaluation, grid and checkpoint to the next
     samples: int = 36  # pictures in the grid
     keep: int = 2  # checkpoints kept
+    syntax: bool = False  # tell the model where in the file's syntax it stands, which plain Llama is not told
     compile: bool = False  # torch.compile every block: faster, but needs a C++ compiler
     recompute: bool = False  # redo each block's forward pass in the backward pass, to save memory
 
 
+TOLD = partial(Config, syntax=True)
 PAPER = partial(
     Config,
     context=12_288,
@@ -75,9 +77,9 @@ PAPER = partial(
     recompute=True,
 )
 CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning rate are the paper's, the rest is ours
-    "tiny":  Config(dim=64, layers=2, heads=2, kv_heads=2, hidden=176, context=512, steps=200, every=100, lr=3e-3),
-    "small": Config(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, steps=800, every=200, lr=3e-3),
-    "base":  Config(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, steps=20_000),
+    "tiny":  TOLD(dim=64, layers=2, heads=2, kv_heads=2, hidden=176, context=512, steps=200, every=100, lr=3e-3),
+    "small": TOLD(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, steps=800, every=200, lr=3e-3),
+    "base":  TOLD(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, steps=20_000),
     "1b":    PAPER(dim=2048, layers=16, heads=32, kv_heads=8, hidden=8192),
     "7b":    PAPER(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),
     "13b":   PAPER(dim=5120, layers=40, heads=40, kv_heads=40, hidden=13_824),
@@ -111,7 +113,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 class Stream:
     """The tokens of one split, all shards one after the other, and where its documents begin."""
 
-    def __init__(self, folder: Path, split: str):
+    def __init__(self, folder: Path, split: str, grammar: Grammar):
         shards = json.loads((folder / "report.json").read_text())["shards"]
         names = sorted(name for name in shards if name.startswith(split))
         self.shards = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
@@ -119,6 +121,7 @@ class Stream:
             if len(shard) != shards[name]["tokens"]:
                 raise UserError(f"{folder}/{name}.npy has not the tokens that report.json says: prepare {folder} anew")
         lengths = np.concatenate([np.load(folder / f"{name}.lengths.npy") for name in names])
+        self.grammar = grammar
         self.documents = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # where each begins, and the end
         self.symbols = sum(shards[name]["symbols"] for name in names)
         self.bounds = np.cumsum([0, *map(len, self.shards)])
@@ -132,6 +135,27 @@ class Stream:
             pieces.append(self.shards[shard][start - self.bounds[shard] :][:count])
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
+
+    def states(self, pieces: list[tuple[int, int]]) -> list[np.ndarray]:
+        """The grammar's states after the tokens of each piece (start, end), which must not go past the last token.
+
+        All documents that the pieces touch are read side by side, each from its beginning.
+        """
+        spans = [
+            np.arange(np.searchsorted(self.documents, start, "right") - 1, np.searchsorted(self.documents, end, "left"))
+            for start, end in pieces
+        ]
+        numbers = np.unique(np.concatenate(spans))
+        begins, lengths = self.documents[numbers], np.diff(self.documents)[numbers]
+        padded = np.zeros((len(numbers), lengths.max()), np.int64)
+        for row, begin, length in zip(padded, begins, lengths, strict=True):
+            row[:length] = self.read(begin, length)
+        rows = dict(zip(numbers.tolist(), self.grammar.walk(padded)[0], strict=True))
+        found = []
+        for (start, end), span in zip(pieces, spans, strict=True):
+            whole = np.concatenate([rows[i][: self.documents[i + 1] - self.documents[i]] for i in span.tolist()])
+            found.append(whole[start - self.documents[span[0]] :][: end - start])
+        return found
 
     def rows(self, context: int) -> np.ndarray:
         """Where the rows of context + 1 tokens begin: end to end, wherever that cuts a document, as in the paper.
@@ -151,11 +175,18 @@ def rows_of(step: int, batch: int, count: int, seed: int) -> np.ndarray:
     return np.array([orders[epoch][place] for epoch, place in zip(places // count, places % count, strict=True)])
 
 
-def batch_of(stream: Stream, starts: np.ndarray, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and the tokens that follow: two (B, T)."""
-    tokens = torch.from_numpy(np.stack([stream.read(int(start), context + 1) for start in starts]).astype(np.int64))
-    tokens = tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
-    return tokens[:, :-1], tokens[:, 1:]
+def batch_of(
+    stream: Stream, starts: np.ndarray, context: int, syntax: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (B, T), where in the syntax each of their tokens leads (B, T, F), and the tokens that follow (B, T)."""
+    tokens = np.stack([stream.read(int(start), context + 1) for start in starts]).astype(np.int64)
+    positions = np.zeros((len(starts), context, 0), np.int64)
+    if syntax:
+        positions = stream.grammar.position(np.stack(stream.states([(start, start + context) for start in starts])))
+    tokens, positions = map(torch.from_numpy, (tokens, positions))
+    if device.type == "cuda":
+        tokens, positions = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (tokens, positions))
+    return tokens[:, :-1], positions, tokens[:, 1:]
 
 
 # --- optimization ---------------------------------------------------------------------------------------------------
@@ -181,13 +212,15 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
-def backward(model: Llama, stream: Stream, rows: np.ndarray, micro: int, context: int, device: torch.device) -> Tensor:
+def backward(
+    model: Llama, stream: Stream, rows: np.ndarray, micro: int, config: Config, device: torch.device
+) -> Tensor:
     """Add the gradients of the mean loss over some rows, `micro` of them a pass, and give that loss."""
     loss = torch.zeros((), device=device)
     for at in range(0, len(rows), micro):
-        x, y = batch_of(stream, rows[at : at + micro], context, device)
+        x, where, y = batch_of(stream, rows[at : at + micro], config.context, config.syntax, device)
         sync_gradients(model, at + micro == len(rows))  # add gradients up here, exchange them once
-        part = cross_entropy(model(x), y) * (micro / len(rows))
+        part = cross_entropy(model(x, where), y) * (micro / len(rows))
         part.backward()
         loss += part.detach()
     return loss
@@ -195,7 +228,8 @@ def backward(model: Llama, stream: Stream, rows: np.ndarray, micro: int, context
 
 @torch.inference_mode()
 def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device) -> dict[str, float]:
-    """Bits an image and bits a byte over the whole validation set, each document in a row of its own."""
+    """Bits an image and bits a byte over the whole validation set, each document in a row of its own; `legal` bits are
+    those of the tokens that the grammar allows."""
     model.eval()
     pieces = []
     for begin, end in zip(stream.documents, stream.documents[1:], strict=False):
@@ -206,26 +240,38 @@ def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device)
         count = max(1, tokens_at_once // (pieces[0][1] - pieces[0][0]))
         batches.append(pieces[:count])
         pieces = pieces[count:]
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, grammar = torch.zeros(2, dtype=torch.float64, device=device), on(device, stream.grammar)
     rounds = -(-len(batches) // world())  # as many for each process, for sharded weights need all of them
     for i in range(rank(), rounds * world(), world()):
         batch = batches[i % len(batches)]
         tokens = torch.full((len(batch), batch[0][1] - batch[0][0]), -100)
-        for row, (begin, end) in zip(tokens, batch, strict=True):
-            row[: end - begin] = torch.from_numpy(stream.read(begin, end - begin).astype(np.int64))
-        tokens = tokens.to(device)
-        loss = cross_entropy(model(tokens[:, :-1].clamp(min=0)), tokens[:, 1:], "sum")
-        total += loss if i < len(batches) else 0
-    bits = add_up(total).item() / math.log(2)
+        states = torch.zeros_like(tokens)
+        for row, (piece, read) in enumerate(zip(batch, stream.states(batch), strict=True)):
+            tokens[row, : len(read)] = torch.from_numpy(stream.read(piece[0], len(read)).astype(np.int64))
+            states[row, : len(read)] = torch.from_numpy(read)
+        tokens, states = tokens.to(device), states[:, :-1].to(device)
+        logits = model(tokens[:, :-1].clamp(min=0), grammar.position(states))
+        masked = logits.masked_fill(~grammar.legal(states), -math.inf)
+        losses = torch.stack([cross_entropy(part, tokens[:, 1:], "sum") for part in (logits, masked)])
+        total += losses if i < len(batches) else 0
+    plain, legal = (add_up(total) / math.log(2)).tolist()
     model.train()
-    return {"bits_per_byte": bits / stream.symbols, "bits_per_image": bits / (len(stream.documents) - 1)}
+    documents = len(stream.documents) - 1
+    return {
+        "bits_per_byte": plain / stream.symbols,
+        "bits_per_image": plain / documents,
+        "legal_bits_per_image": legal / documents,
+    }
 
 
 LINE = (
     "step {step}  loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  norm {norm:.2f}  {tokens_per_second:,.0f} tokens/s  "
     "{peak_share:.0%} of peak  {memory_gb:.1f} GB  {seconds_left:.0f} s left"
 )
-VALIDATION = "step {step}  validation: {bits_per_image:.1f} bits an image, {bits_per_byte:.3f} bits a byte"
+VALIDATION = (
+    "step {step}  validation: {bits_per_image:.1f} bits an image ({legal_bits_per_image:.1f} of legal tokens alone), "
+    "{bits_per_byte:.3f} bits a byte"
+)
 
 
 def train(config: Config) -> None:
@@ -236,8 +282,8 @@ def train(config: Config) -> None:
         data.shapes.make(Path(config.data))
     barrier()
     tokens = load_tokens(Path(config.data))
-    streams = {split: Stream(Path(config.data), split) for split in ("train", "val")}
-    config = replace(config, vocab=tokens.vocab)
+    streams = {split: Stream(Path(config.data), split, tokens.grammar) for split in ("train", "val")}
+    config = replace(config, vocab=tokens.vocab, positions=tokens.grammar.positions if config.syntax else ())
     rows = streams["train"].rows(config.context)
     if (total := streams["train"].bounds[-1]) <= config.context:
         row = f"--context {config.context}"
@@ -270,7 +316,7 @@ def train(config: Config) -> None:
             group["lr"] = learning_rate(step, config)
         numbers = rows_of(step, config.batch, len(rows), config.seed)
         mine = rows[numbers[rank() :: world()]]
-        loss = backward(model, streams["train"], mine, micro, config.context, device)
+        loss = backward(model, streams["train"], mine, micro, config, device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not torch.isfinite(norm):
@@ -339,7 +385,10 @@ def build_model(config: Config, device: torch.device) -> Llama:
 def open_run(out: Path, config: Config, tokens: Tokens) -> None:
     """Make the run folder, or refuse one whose run was another; note how the run was started."""
     out.mkdir(parents=True, exist_ok=True)
-    path, now = out / "config.json", {**asdict(config), "codec": asdict(tokens.codec), "vocabulary": tokens.hash}
+    path, now = (
+        out / "config.json",
+        json.loads(json.dumps({**asdict(config), "codec": asdict(tokens.codec), "vocabulary": tokens.hash})),
+    )
     if path.exists():
         free = {
             "out",
@@ -397,7 +446,7 @@ def show(model: Llama, tokens: Tokens, out: Path, step: int, config: Config, log
     written = []
     for first in range(0, config.samples, 64):
         seeds = [(config.seed, i) for i in range(first, min(first + 64, config.samples))]
-        written += generate(model, begun[first : first + 64], tokens.end, seeds)
+        written += generate(model, tokens, begun[first : first + 64], seeds)
     model.train()
     if rank() == 0:
         (out / "grids").mkdir(exist_ok=True)

@@ -62,50 +62,27 @@ OUTLINES = {
     "cross": cross(0.36),
     "heart": heart(),
 }
-FILLS = ("plain", "plain", "stripes", "checks", "dots")
+CELL = 32  # pixels: one shape each, so that shapes and MCUs share their edges
+RADII = (9.5, 12, 14.5)  # pixels
 
 
 def draw(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
     """Picture number `index`, (size, size, 3) uint8: a function of its arguments alone."""
     rng = np.random.default_rng([seed, index])
-    side = size * FINE
-    colours = [list(COLOURS.values())[i] for i in rng.permutation(len(COLOURS))]
-    ground = np.array(GROUNDS[rng.integers(len(GROUNDS))])
-    if rng.random() < 0.5:  # darker towards the bottom
-        ground = ground * np.linspace(1, 0.75, side)[:, None, None]
-    picture = Image.fromarray(np.broadcast_to(ground, (side, side, 3)).astype(np.uint8))
-    count = rng.integers(1, 5)
-    places = [(0.5, 0.5)] if count == 1 else [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]
-    for number, place in enumerate(rng.permutation(places)[:count]):
-        radius = side * (rng.uniform(0.25, 0.42) if count == 1 else rng.uniform(0.14, 0.22))
-        x, y = place * side + rng.uniform(-0.05, 0.05, 2) * side
+    side, cells = size * FINE, size // CELL
+    picture = Image.new("RGB", (side, side), GROUNDS[rng.integers(len(GROUNDS))])
+    colours = list(COLOURS.values())
+    for cell in rng.permutation(cells**2)[: rng.integers(1, cells**2 + 1)]:
+        x, y = (cell % cells + 0.5) * CELL * FINE, (cell // cells + 0.5) * CELL * FINE
+        radius = RADII[rng.integers(len(RADII))] * FINE
         kind = list(OUTLINES)[rng.integers(len(OUTLINES))]
         mask = Image.new("1", (side, side))
         pen = ImageDraw.Draw(mask)
         pen.polygon([(x + radius * u, y + radius * v) for u, v in OUTLINES[kind]], fill=1)
         if kind == "ring":
             pen.polygon([(x + radius * u / 2, y + radius * v / 2) for u, v in OUTLINES[kind]], fill=0)
-        main, second = colours[2 * number : 2 * number + 2]
-        picture.paste(fill(FILLS[rng.integers(len(FILLS))], main, second, side, radius), (0, 0), mask)
+        picture.paste(colours[rng.integers(len(colours))], (0, 0), mask)
     return np.asarray(picture.reduce(FINE))
-
-
-def fill(kind: str, main: tuple, second: tuple, side: int, radius: float) -> Image.Image:
-    """A picture full of one texture, its period a part of the shape's radius."""
-    picture, step = Image.new("RGB", (side, side), main), max(2 * FINE, radius / 2.5)
-    pen, marks = ImageDraw.Draw(picture), np.arange(0, side, step)
-    if kind == "stripes":
-        for left in marks[::2]:
-            pen.rectangle((left, 0, left + step - 1, side), fill=second)
-    elif kind == "checks":
-        for i, left in enumerate(marks):
-            for top in marks[i % 2 :: 2]:
-                pen.rectangle((left, top, left + step - 1, top + step - 1), fill=second)
-    elif kind == "dots":
-        for left in marks[::2]:
-            for top in marks[::2]:
-                pen.ellipse((left, top, left + step, top + step), fill=second)
-    return picture
 
 
 def make(out: Path, count: int = 8000, size: int = 64) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import fid as fid_py  # the function below has the short name
 import train
-from codec import JPEG
+from codec import JPEG, no_grammar
 from data.prepare import cores, prepare
 from data.shapes import draw, make
 
@@ -162,6 +162,8 @@ def fid() -> None:
 class RandomTokens:
     """Stands for a Stream: where the tokens come from is not measured."""
 
+    grammar = no_grammar(320)
+
     def read(self, start: int, count: int) -> np.ndarray:
         return np.random.default_rng(start).integers(0, 320, count, np.uint16)
 
@@ -176,7 +178,7 @@ def training() -> None:
         optimizer = train.build_optimizer(model, config)
 
         def step() -> None:
-            train.backward(model, RandomTokens(), rows, micro, 512, cpu)
+            train.backward(model, RandomTokens(), rows, micro, config, cpu)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from codec import JPEG, Tokens
 from model import Cache, Llama, ModelConfig
 from sample import choose, generate, grid
 
+FREE = Tokens(JPEG(restart=0), ((0, 0),) * 42)  # 300 tokens in any order
 SMALL = {"vocab": 300, "context": 96, "dim": 48, "layers": 3, "heads": 4, "hidden": 112}
 
 
@@ -48,17 +50,17 @@ def test_cache_gives_what_a_full_pass_gives(kv_heads):
     tokens = torch.randint(0, 300, (2, 96), generator=torch.Generator().manual_seed(0))
     cache = Cache(model.config, 2, 96)
     with torch.no_grad():
-        steps = [model(tokens[:, :40], cache)] + [model(tokens[:, i : i + 1], cache) for i in range(40, 96)]
+        steps = [model(tokens[:, :40], cache=cache)] + [model(tokens[:, i : i + 1], cache=cache) for i in range(40, 96)]
         torch.testing.assert_close(torch.cat(steps, 1), model(tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_the_cache_is_allocated_once():
     model, cache = small(), Cache(ModelConfig(**{**SMALL, "kv_heads": 4}), 1, 96)
     with torch.no_grad():
-        model(torch.zeros(1, 1, dtype=torch.long), cache)
+        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
         place = cache.keys.data_ptr()
         for _ in range(95):
-            model(torch.zeros(1, 1, dtype=torch.long), cache)
+            model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
     assert cache.keys.data_ptr() == place and cache.length == 96
 
 
@@ -109,21 +111,19 @@ def test_top_k_and_top_p_keep_the_likeliest():
 def test_a_picture_does_not_depend_on_its_batch():
     model, prompts = small(), [np.array([298, *range(i)]) for i in (0, 3, 0, 7, 1)]
     seeds = [(5, i) for i in range(5)]
-    together = generate(model, prompts, end=299, seeds=seeds)
+    together = generate(model, FREE, prompts, seeds)
     for prompt, seed, row in zip(prompts, seeds, together, strict=True):
-        alone = generate(model, [prompt], end=299, seeds=[seed])[0]
+        alone = generate(model, FREE, [prompt], [seed])[0]
         ends = [np.append(r, 299).tolist().index(299) for r in (row, alone)]
         assert row[: ends[0]].tolist() == alone[: ends[1]].tolist()
         assert row[: len(prompt)].tolist() == prompt.tolist()
-    other = generate(model, prompts[:1], end=299, seeds=[(6, 0)])[0]
+    other = generate(model, FREE, prompts[:1], [(6, 0)])[0]
     assert other.tolist() != together[0].tolist()
 
 
 def test_greedy_generation_follows_the_full_pass():
     model = small()
-    row = torch.from_numpy(
-        generate(model, [np.array([298])], end=299, seeds=[(0, 0)], temperature=0)[0].astype(np.int64)
-    )
+    row = torch.from_numpy(generate(model, FREE, [np.array([298])], [(0, 0)], temperature=0)[0].astype(np.int64))
     with torch.no_grad():
         assert torch.equal(model(row[None, :-1]).argmax(-1)[0], row[1:])
 

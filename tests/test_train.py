@@ -64,7 +64,7 @@ def test_each_row_comes_once_an_epoch_in_an_order_of_its_own():
 
 
 def test_rows_lie_end_to_end(prepared):
-    stream = Stream(prepared, "train")
+    stream = Stream(prepared, "train", load_tokens(prepared).grammar)
     rows = stream.rows(256)
     assert np.array_equal(np.diff(rows), np.full(len(rows) - 1, 256))
     assert rows[-1] + 257 <= stream.bounds[-1] < rows[-1] + 257 + 256
@@ -72,7 +72,7 @@ def test_rows_lie_end_to_end(prepared):
 
 def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "data")
-    whole = Stream(prepared, "train")
+    whole = Stream(prepared, "train", load_tokens(prepared).grammar)
     tokens, report = whole.read(0, int(whole.bounds[-1])), json.loads((prepared / "report.json").read_text())
     cut = int(whole.documents[5])
     for i, part in enumerate((tokens[:cut], tokens[cut:])):
@@ -82,17 +82,20 @@ def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
     np.save(tmp_path / "data" / "train-00000.lengths.npy", lengths[:5])
     np.save(tmp_path / "data" / "train-00001.lengths.npy", lengths[5:])
     (tmp_path / "data" / "report.json").write_text(json.dumps(report))
-    stream = Stream(tmp_path / "data", "train")
+    stream = Stream(tmp_path / "data", "train", load_tokens(tmp_path / "data").grammar)
     assert np.array_equal(stream.read(cut - 9, 30), tokens[cut - 9 : cut + 21])
     assert np.array_equal(stream.read(len(tokens) - 5, 20), np.concatenate([tokens[-5:], tokens[:15]]))
     (tmp_path / "data" / "train-00001.npy").write_bytes((tmp_path / "data" / "train-00000.npy").read_bytes())
     with pytest.raises(UserError, match="prepare .* anew"):
-        Stream(tmp_path / "data", "train")
+        Stream(tmp_path / "data", "train", load_tokens(tmp_path / "data").grammar)
 
 
 def test_evaluation_is_the_sum_over_documents_alone(prepared, tmp_path):
     """Batches and padding change nothing: bits an image are those of each document in a pass of its own."""
-    stream, settings = Stream(prepared, "val"), replace(config(prepared, tmp_path), vocab=300)
+    stream, settings = (
+        Stream(prepared, "val", load_tokens(prepared).grammar),
+        replace(config(prepared, tmp_path), vocab=300),
+    )
     model = module.build_model(settings, torch.device("cpu"))
     bits = 0.0
     for begin, end in zip(stream.documents, stream.documents[1:], strict=False):
@@ -103,6 +106,38 @@ def test_evaluation_is_the_sum_over_documents_alone(prepared, tmp_path):
     result = evaluate(model, stream, settings, torch.device("cpu"))
     assert result["bits_per_image"] == pytest.approx(bits / 6, rel=1e-6)
     assert result["bits_per_byte"] == pytest.approx(bits / stream.symbols, rel=1e-6)
+
+
+def test_legal_bits_are_of_a_softmax_over_legal_tokens(prepared, tmp_path):
+    tokens = load_tokens(prepared)
+    stream, settings = Stream(prepared, "val", tokens.grammar), replace(config(prepared, tmp_path), vocab=300)
+    model = module.build_model(settings, torch.device("cpu"))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()  # all tokens are equally likely: a file costs the logarithms of the numbers of legal tokens
+    documents = [
+        stream.read(begin, end - begin).astype(np.int64)
+        for begin, end in zip(stream.documents, stream.documents[1:], strict=False)
+    ]
+    legal = [tokens.grammar.legal(tokens.grammar.walk(document[None])[0][0, :-1]).sum(-1) for document in documents]
+    result = evaluate(model, stream, settings, torch.device("cpu"))
+    assert result["legal_bits_per_image"] == pytest.approx(np.log2(np.concatenate(legal)).sum() / 6, rel=1e-5)
+    count = sum(len(document) - 1 for document in documents)
+    assert result["bits_per_image"] == pytest.approx(np.log2(300) * count / 6, rel=1e-5)
+
+
+def test_states_of_any_piece_are_those_of_its_documents(prepared):
+    stream = Stream(prepared, "train", load_tokens(prepared).grammar)
+    whole = [
+        stream.grammar.walk(stream.read(begin, end - begin).astype(np.int64)[None])[0][0]
+        for begin, end in zip(stream.documents, stream.documents[1:], strict=False)
+    ]
+    whole, rng = np.concatenate(whole), np.random.default_rng(0)
+    starts = rng.integers(0, len(whole) - 1, 50)
+    pieces = [(int(a), int(rng.integers(a + 1, min(a + 600, len(whole)) + 1))) for a in starts]
+    pieces += [(0, len(whole)), (int(stream.documents[3]), int(stream.documents[4]))]
+    for (start, end), states in zip(pieces, stream.states(pieces), strict=True):
+        assert np.array_equal(states, whole[start:end])
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -191,7 +226,8 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint(prepared, finished, 
     """The run folder lies on a disk that has no room for a second checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True).returncode:
+    room = sum(path.stat().st_size for path in newest(finished).iterdir()) * 3 // 2
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting a small disk is not permitted here")
     try:
         result = command("train.py", "--data", prepared, "--out", disk / "run", *RUN, "--keep", 9)
@@ -254,7 +290,7 @@ def test_every_field_is_read_and_explained():
     text = command("train.py", "--help").stdout
     for field in fields(Config):
         assert f"config.{field.name}" in source, field.name
-        assert f"--{field.name.replace('_', '-')}" in text
+        assert field.name in ("vocab", "positions") or f"--{field.name.replace('_', '-')}" in text
 
 
 def test_presets_have_the_papers_and_llamas_sizes():
