@@ -576,15 +576,19 @@ def encoder() -> str:
     return f"Pillow {PIL.__version__} with libjpeg-turbo {features.version('libjpeg_turbo') or features.version('jpg')}"
 
 
-def save_tokens(folder: Path, tokens: Tokens) -> None:
-    """Write codec.json: the codec and its settings, the byte pairs, and which encoder made them."""
+def describe(tokens: Tokens) -> str:
+    """What codec.json holds: the codec and its settings, the byte pairs, and which encoder made them."""
     settings = {
         "codec": name_of(tokens.codec),
         **asdict(tokens.codec),
         "encoder": encoder(),
         "fingerprint": fingerprint(tokens.codec),
     }
-    Path(folder, "codec.json").write_text(json.dumps({**settings, "merges": tokens.merges}) + "\n")
+    return json.dumps({**settings, "merges": tokens.merges})
+
+
+def save_tokens(folder: Path, tokens: Tokens) -> None:
+    Path(folder, "codec.json").write_text(describe(tokens) + "\n")
 
 
 def load_tokens(folder: Path) -> Tokens:
@@ -604,7 +608,8 @@ def load_tokens(folder: Path) -> Tokens:
 
 def foreign_encoder(folder: Path, codec: Codec) -> str | None:
     """None if this machine encodes as the one that wrote codec.json, else a sentence that names both."""
-    settings = json.loads(Path(folder, "codec.json").read_text())
+    path = Path(folder, "codec.json")
+    settings = json.loads(path.read_text()) if path.exists() else {"encoder": "another", "fingerprint": None}
     if settings["fingerprint"] == fingerprint(codec):
         return None
     return f"{folder} was encoded by {settings['encoder']}, but {encoder()} here writes other bytes for the same pixels"

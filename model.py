@@ -9,6 +9,7 @@ RMSNorm (arXiv:1910.07467); Shazeer 2020, SwiGLU (arXiv:2002.05202); Ainslie et 
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ class ModelConfig:
     hidden: int = 1024  # width inside the feed-forward
     rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    qk_norm: bool = False  # RMSNorm of every query and key: no attention logit can grow without bound
 
 
 NOWHERE = torch.empty(0)  # no syntax positions
@@ -75,13 +77,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
+        norm = partial(nn.RMSNorm, self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads, E)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k, v = (part.transpose(1, 2) for part in (rotate(q, table), rotate(k, table), v))  # (B, heads, T, E)
+        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, E)
         causal = q.shape[2] > 1
         if cache is not None:
             assert cache.length == 0 or not causal, "a cache that holds tokens takes one more at a time"
@@ -114,6 +119,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@torch.no_grad()
+def fill(weight: Tensor, whole: Tensor) -> None:
+    """Write a whole matrix into a weight, or this process's part of it if the weight is sharded."""
+    if isinstance(weight, DTensor):
+        whole = distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+    weight.copy_(whole)
 
 
 class Llama(nn.Module):
@@ -158,8 +171,4 @@ class Llama(nn.Module):
             )
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             whole = torch.ones(weight.shape) if "norm" in name else torch.randn(weight.shape, generator=generator) * std
-            if isinstance(weight, DTensor):  # of the whole, keep this process's part
-                whole = distribute_tensor(
-                    whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None
-                )
-            weight.copy_(whole)
+            fill(weight, whole)

@@ -9,9 +9,10 @@ files hold the very bytes that the model wrote, with the tables put back; the la
 valid files.
 """
 
-import hashlib
+import io
 import json
 import math
+import pickle
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -21,10 +22,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import ReadItem
 from tqdm import tqdm
 
+import hf
 from codec import Flags, Grammar, Tokens, UserError, differences, foreign_encoder, load_tokens, run
-from data.prepare import Item, Unusable, read_file, read_square, walk
+from data.prepare import Item, Unusable, digest, read_file, read_square, walk
 from model import Cache, Llama, ModelConfig
 
 # --- generation -----------------------------------------------------------------------------------------------------
@@ -142,8 +147,7 @@ def damage(checkpoint: Path) -> str | None:
     except (OSError, ValueError):
         return "manifest.json"
     for name, sha in manifest.items():
-        path = checkpoint / name
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha:
+        if not (checkpoint / name).is_file() or digest(checkpoint / name) != sha:
             return name
     return None
 
@@ -158,22 +162,71 @@ def newest(out: Path, say=print) -> Path | None:
     return None
 
 
+PARTS = {  # what torch pickles into the .metadata of a checkpoint; besides, names of number formats
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "pathlib": {"Path", "PosixPath", "WindowsPath"},
+}
+
+
+class Metadata(pickle.Unpickler):
+    """Refuses whatever is no part of a checkpoint, before it runs: a pickle can name any function."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if name in PARTS.get(module, ()) or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+class Planner(DefaultLoadPlanner):
+    """Reads what is no tensor without running code from the file."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
 def read_state(state: dict, checkpoint: Path) -> None:
-    """Fill a nested dictionary of tensors, whole or sharded, from a checkpoint."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one process reads alone is meant
-        dcp.load(state, checkpoint_id=checkpoint)
+    """Fill a nested dictionary of tensors, whole or sharded, from a checkpoint.  Errors: UserError for foreign code."""
+    try:
+        with open(checkpoint / ".metadata", "rb") as file:
+            Metadata(file).load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process reads alone is meant
+            dcp.load(state, checkpoint_id=checkpoint, planner=Planner())
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        raise UserError(f"{checkpoint} holds what no checkpoint of ours does ({cause(error)}): do not use it") from None
 
 
-def load_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
-    """The newest checkpoint of a run, whole, on one device, whatever number of processes wrote it."""
-    checkpoint = newest(out)
-    if checkpoint is None:
-        raise UserError(f"{out} holds no checkpoint: run `python train.py --out {out}` first")
+def cause(error: BaseException) -> BaseException:
+    """What distributed checkpoints wrap, once for each stage."""
+    while isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return error
+
+
+def load_checkpoint(checkpoint: Path, device: torch.device) -> tuple[Llama, Tokens]:
+    """The model of a checkpoint, whole, on one device, whatever number of processes wrote it, and its tokens."""
     saved = json.loads((checkpoint / "config.json").read_text())
     model = Llama(ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig)})).to(device).eval()
     read_state({"model": model.state_dict()}, checkpoint)
-    return model, load_tokens(checkpoint), checkpoint
+    return model, load_tokens(checkpoint)
+
+
+def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokens]:
+    """The newest checkpoint of a run, or a Llama folder of Hugging Face."""
+    if not any(out.glob("step_*")) and any(out.glob("*.safetensors")) or any(out.glob("pytorch_model*.bin")):
+        return hf.read(out, device)
+    checkpoint = newest(out)
+    if checkpoint is None:
+        raise UserError(f"{out} holds no checkpoint: run `python train.py --out {out}` first")
+    return load_checkpoint(checkpoint, device)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -262,15 +315,15 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokens, checkpoint = load_run(flags.run, device)
+    model, tokens = read_run(flags.run, device)
     if not flags.free and not tokens.grammar.shortest:
         print(f"note: the grammar does not cover {tokens.codec}, so that files may be invalid, as with --free")
     settings = {name: getattr(flags, name) for name in ("seed", "temperature", "top_k", "top_p", "free")}
-    settings |= {"checkpoint": str(checkpoint), "codec": asdict(tokens.codec)}
+    settings |= {"checkpoint": str(newest(flags.run) or flags.run), "codec": asdict(tokens.codec)}
     if flags.prompt is None:
         jobs = {flags.to or flags.run / "samples": [np.empty(0, tokens.dtype)] * (flags.count or 64)}
     else:
-        if warning := foreign_encoder(checkpoint, tokens.codec):
+        if warning := foreign_encoder(newest(flags.run) or flags.run, tokens.codec):
             print(f"warning: {warning}")
         to = flags.to or flags.run / "completions"
         pictures = read_prompts(flags.prompt, tokens, to)

@@ -8,17 +8,21 @@
 The same command continues an interrupted run, on any number of processes that divides the batch.
 """
 
-import hashlib
+import argparse
+import fcntl
 import json
 import math
 import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -38,16 +42,18 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data.shapes
-from codec import Flags, Grammar, Tokens, UserError, differences, load_tokens, run
-from model import Llama, ModelConfig
-from sample import checkpoints, generate, grid, newest, on, read_state
+import hf
+from codec import Flags, Grammar, Tokens, UserError, describe, differences, load_tokens, run
+from data.prepare import digest
+from model import Llama, ModelConfig, fill
+from sample import cause, checkpoints, generate, grid, newest, on, read_run, read_state
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
     data: str = "data/shapes"  # folder that data.prepare wrote
     out: str = ""  # run folder: checkpoints, log, samples; empty: out/CONFIG
-    steps: int = 2000  # optimizer steps
+    steps: int = 1800  # optimizer steps
     batch: int = 4  # rows of context tokens per step, over all processes
     micro: int = 4  # rows per forward pass of one process: to fit memory, or a CPU's cache
     lr: float = 1e-3  # peak learning rate
@@ -56,14 +62,17 @@ class Config(ModelConfig):
     clip: float = 1.0  # largest gradient norm
     seed: int = 0  # of the weights, the order of the rows and the samples
     log_every: int = 20  # steps from one line of the log to the next
-    every: int = 500  # steps from one evaluation, grid and checkpoint to the next
+    every: int = 600  # steps from one evaluation, grid and checkpoint to the next
     samples: int = 36  # pictures in the grid
     keep: int = 2  # checkpoints kept
     syntax: bool = False  # tell the model where in the file's syntax it stands, which plain Llama is not told
+    init: str = ""  # Llama folder of Hugging Face whose weights to begin with
+    z_loss: float = 0.0  # times the squared logarithm of the softmax's denominator: keeps logits from drifting
     compile: bool = False  # torch.compile every block: faster, but needs a C++ compiler
     recompute: bool = False  # redo each block's forward pass in the backward pass, to save memory
 
 
+PAPER_TOKENS, PLANNED = 228e9, 0.4  # tokens of the paper's training; share of the chips' peak that --plan counts on
 TOLD = partial(Config, syntax=True)
 PAPER = partial(
     Config,
@@ -78,8 +87,8 @@ PAPER = partial(
 )
 CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning rate are the paper's, the rest is ours
     "tiny":  TOLD(dim=64, layers=2, heads=2, kv_heads=2, hidden=176, context=512, steps=200, every=100, lr=3e-3),
-    "small": TOLD(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, steps=800, every=200, lr=3e-3),
-    "base":  TOLD(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, steps=20_000),
+    "small": TOLD(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, batch=2, lr=3e-3),
+    "base":  TOLD(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, steps=20_000, every=1000),
     "1b":    PAPER(dim=2048, layers=16, heads=32, kv_heads=8, hidden=8192),
     "7b":    PAPER(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),
     "13b":   PAPER(dim=5120, layers=40, heads=40, kv_heads=40, hidden=13_824),
@@ -87,24 +96,42 @@ CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning
 }  # fmt: skip
 
 
-def parse_config(arguments: list[str] | None = None) -> Config:
-    """A preset, and over it every field that has a flag.  Errors: UserError."""
+def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """A preset, and over it every field that has a flag; and what to do instead of training.  Errors: UserError."""
     parser = Flags(__doc__)
     parser.add_argument(
         "--config", choices=CONFIGS, default="small", help="preset that the flags below change (default: small)"
     )
+    parser.add_argument("--plan", action="store_true", help="print size, memory and days of training, and end")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the trained weights as one file, and end")
+    parser.add_argument("--hf", type=Path, metavar="DIR", help="write a Llama folder of Hugging Face, and end")
     parser.add_fields(Config)
-    given = vars(parser.parse(arguments))
-    name = given.pop("config")
-    config = replace(CONFIGS[name], **given)
+    flags = parser.parse(arguments)
+    names = {field.name for field in fields(Config)}
+    config = replace(CONFIGS[flags.config], **{name: value for name, value in vars(flags).items() if name in names})
     for field in fields(Config):
         value = getattr(config, field.name)
-        if field.type in (int, float) and value <= 0 and field.name not in ("seed", "warmup", "decay"):
+        if field.type in (int, float) and value <= 0 and field.name not in ("seed", "warmup", "decay", "z_loss"):
             raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be above 0")
     if config.dim % config.heads or config.heads % config.kv_heads or config.dim // config.heads % 2:
         shape = f"--dim {config.dim} --heads {config.heads} --kv-heads {config.kv_heads}"
         raise UserError(f"{shape}: each must divide the one before, and dim / heads be even")
-    return replace(config, out=config.out or f"out/{name}")
+    return replace(config, out=config.out or f"out/{flags.config}"), flags
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config, flags = parse(arguments)
+    if flags.plan:
+        print(plan(config))
+    elif flags.export or flags.hf:
+        model, tokens = read_run(Path(config.out), torch.device("cpu"))
+        if flags.hf:
+            hf.write(flags.hf, model, tokens)
+        if flags.export:
+            settings = {"config": asdict(model.config), "codec": json.loads(describe(tokens))}
+            torch.save({**settings, "model": model.state_dict()}, flags.export)
+    else:
+        train(config)
 
 
 # --- data: which tokens step s sees is a function of (seed, s) alone ------------------------------------------------
@@ -117,9 +144,9 @@ class Stream:
         shards = json.loads((folder / "report.json").read_text())["shards"]
         names = sorted(name for name in shards if name.startswith(split))
         self.shards = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
-        for name, shard in zip(names, self.shards, strict=True):
-            if len(shard) != shards[name]["tokens"]:
-                raise UserError(f"{folder}/{name}.npy has not the tokens that report.json says: prepare {folder} anew")
+        for name in names[rank() :: world()]:
+            if digest(folder / f"{name}.npy", folder / f"{name}.lengths.npy") != shards[name]["sha256"]:
+                raise UserError(f"{folder}/{name}.npy is not as it was written (sha256): prepare {folder} anew")
         lengths = np.concatenate([np.load(folder / f"{name}.lengths.npy") for name in names])
         self.grammar = grammar
         self.documents = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # where each begins, and the end
@@ -220,9 +247,10 @@ def backward(
     for at in range(0, len(rows), micro):
         x, where, y = batch_of(stream, rows[at : at + micro], config.context, config.syntax, device)
         sync_gradients(model, at + micro == len(rows))  # add gradients up here, exchange them once
-        part = cross_entropy(model(x, where), y) * (micro / len(rows))
-        part.backward()
-        loss += part.detach()
+        logits, part = model(x, where), micro / len(rows)
+        mean = cross_entropy(logits, y) * part
+        (mean + config.z_loss * part * logits.float().logsumexp(-1).square().mean()).backward()
+        loss += mean.detach()
     return loss
 
 
@@ -276,7 +304,15 @@ VALIDATION = (
 
 def train(config: Config) -> None:
     """Train, or continue to train, into config.out.  Errors: UserError."""
-    device, out = start(), Path(config.out)
+    device = start()
+    with claim(Path(config.out)), Stop() as stop:
+        loop(config, device, stop)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def loop(config: Config, device: torch.device, stop: "Stop") -> None:
+    out = Path(config.out)
     say = tqdm.write if rank() == 0 else lambda *_, **__: None
     if config.data == Config.data and rank() == 0 and not Path(config.data, "report.json").exists():
         data.shapes.make(Path(config.data))
@@ -291,10 +327,14 @@ def train(config: Config) -> None:
     share = config.batch // world()
     if config.batch % world() or share % min(config.micro, share):
         passes = f"{world()} processes and passes of --micro {config.micro}"
-        raise UserError(f"--batch {config.batch} does not divide into {passes}: change one of them")
+        shares = {n: config.batch // n for n in range(1, config.batch + 1) if config.batch % n == 0}
+        fit = ", ".join(str(n) for n, share in shares.items() if share % min(config.micro, share) == 0)
+        raise UserError(f"--batch {config.batch} does not divide into {passes}: take {fit} processes, or change one")
     micro = min(config.micro, share)
 
     model = build_model(config, device)
+    if config.init:
+        begin_from(model, tokens, Path(config.init), say)
     optimizer = build_optimizer(model, config)
     if rank() == 0:
         open_run(out, config, tokens)
@@ -311,7 +351,8 @@ def train(config: Config) -> None:
 
     started, first, waiting = time.perf_counter(), step, []
     bar = tqdm(total=config.steps, initial=step, unit=" steps", disable=rank() != 0, smoothing=0.05)
-    while step < config.steps:
+    stopping = False
+    while step < config.steps and not stopping:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         numbers = rows_of(step, config.batch, len(rows), config.seed)
@@ -329,8 +370,9 @@ def train(config: Config) -> None:
         step += 1
         waiting.append(loss)
         bar.update()
+        stopping = stop.agreed(device)
         due = step % config.every == 0 or step == config.steps
-        if step % config.log_every == 0 or due:
+        if step % config.log_every == 0 or due or stopping:
             mean = (add_up(torch.stack(waiting).mean()) / world()).item()
             pace = (time.perf_counter() - started) / (step - first)
             speed = config.batch * config.context / pace
@@ -355,12 +397,14 @@ def train(config: Config) -> None:
                 log.write({"step": step, **{f"val_{name}": value for name, value in result.items()}})
                 say(VALIDATION.format(step=step, **result))
                 show(model, tokens, out, step, config, log)
-            save_checkpoint(out, model, optimizer, step, config, say)
             started += time.perf_counter() - pause
+        if due or stopping:
+            save_checkpoint(out, model, optimizer, step, config, say)
     bar.close()
-    say(f"{out}: checkpoint, log.jsonl, loss.png and grids; `python sample.py {out}` writes files")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if step < config.steps:
+        say(f"stopped and saved at step {step}: the same command continues")
+    else:
+        say(f"{out}: checkpoint, log.jsonl, loss.png and grids; `python sample.py {out}` writes files")
 
 
 def build_model(config: Config, device: torch.device) -> Llama:
@@ -377,6 +421,28 @@ def build_model(config: Config, device: torch.device) -> Llama:
     model.to_empty(device=device)
     model.init_weights(config.seed)
     return model.train()
+
+
+def begin_from(model: Llama, tokens: Tokens, folder: Path, say) -> None:
+    """Take the weights of a Llama folder; tokens that both know, by the bytes they stand for, keep their rows."""
+    theirs, known = hf.read(folder, torch.device("cpu"))
+    state, ours = theirs.state_dict(), model.state_dict()
+    tables = ("embed_tokens.weight", "lm_head.weight")
+    odd = [name for name in ours if name not in tables and name in state and state[name].shape != ours[name].shape]
+    if odd or set(state) - set(ours) or state[tables[0]].shape[1] != model.config.dim:
+        fields_ = ("dim", "layers", "heads", "kv_heads", "hidden")
+        shape = " ".join(f"--{name.replace('_', '-')} {getattr(theirs.config, name)}" for name in fields_)
+        raise UserError(f"{folder} is a Llama of another shape: give {shape}")
+    rows = {piece.tobytes(): row for row, piece in enumerate(known.expansions)}
+    places = [rows.get(piece.tobytes(), -1) for piece in tokens.expansions] + [known.start, known.end]
+    shared = torch.tensor([row >= 0 for row in places])
+    for name in tables:
+        fresh = torch.randn(len(places), model.config.dim, generator=torch.Generator().manual_seed(0)) * 0.02
+        state[name] = torch.where(shared[:, None], state[name][torch.tensor(places)], fresh)
+    for name, weight in model.named_parameters():
+        if name in state:
+            fill(weight, state[name])
+    say(f"begins with {folder}; {int(shared.sum())} of {len(places)} tokens are known there")
 
 
 # --- what a run shows of itself -------------------------------------------------------------------------------------
@@ -421,6 +487,50 @@ def open_run(out: Path, config: Config, tokens: Tokens) -> None:
     shutil.copy(Path(config.data, "codec.json"), out)
 
 
+@contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Hold a run folder for as long as this run lives, however it ends; refuse one that another run holds."""
+    if rank():
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{out} is in use by {file.read()}: wait for it, or choose another --out") from None
+        file.truncate(0)
+        print(
+            "process", os.getpid(), "on", platform.node(), time.strftime("since %F %T"), end="", file=file, flush=True
+        )
+        yield
+
+
+class Stop:
+    """SIGTERM, SIGUSR1 and Ctrl-C ask for a stop after this step, when all processes have heard of it; a second one,
+    two seconds later or more, ends at once.  (torchrun passes on what the terminal has sent already.)"""
+
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __enter__(self) -> "Stop":
+        self.asked, self.before = math.inf, {number: signal.signal(number, self.ask) for number in self.signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame: object) -> None:
+        if time.monotonic() - self.asked > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.asked = min(self.asked, time.monotonic())
+
+    def agreed(self, device: torch.device) -> bool:
+        return bool(add_up(torch.tensor(float(self.asked < math.inf), device=device)))
+
+
 class Log:
     """OUT/log.jsonl; a run that continues takes back what was logged after its checkpoint."""
 
@@ -451,21 +561,23 @@ def show(model: Llama, tokens: Tokens, out: Path, step: int, config: Config, log
     if rank() == 0:
         (out / "grids").mkdir(exist_ok=True)
         grid([tokens.codec.decode(tokens.decode(row[1:])) for row in written]).save(out / "grids" / f"{step:06d}.png")
-        draw_curve(log.records).save(out / "loss.png")
+        curves = {
+            name: [(record["step"], record[key]) for record in log.records if key in record]
+            for name, key in (("training", "bits_per_byte"), ("validation", "val_bits_per_byte"))
+        }
+        draw_curves(curves, "bits per byte").save(out / "loss.png")
 
 
-def draw_curve(records: list[dict], width: int = 960, height: int = 540) -> Image.Image:
-    """Bits a byte over steps: training as a line, validation as dots."""
-    curves = {
-        "training": [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r],
-        "validation": [(r["step"], r["val_bits_per_byte"]) for r in records if "val_bits_per_byte" in r],
-    }
+COLOURS = [(60, 120, 200), (220, 90, 30), (60, 150, 80), (130, 60, 170)]
+
+
+def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str) -> Image.Image:
+    """Lines over steps, the last value of each beside its name."""
     points = [point for curve in curves.values() for point in curve]
-    right, bottom = (
-        max(x for x, _ in points),
-        0.0 if min(y for _, y in points) < 1 else math.floor(min(y for _, y in points)),
-    )
-    top = max(bottom + 1, math.ceil(max(y for _, y in points)))
+    width, height, right = 960, 540, max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    step = 10 ** math.floor(math.log10(max(high - low, 0.1)))  # the axis begins and ends at round numbers
+    bottom, top = math.floor(low / step) * step, math.ceil(high / step) * step
     image, small = Image.new("RGB", (width, height), "white"), ImageFont.load_default(size=16)
     pen, box = ImageDraw.Draw(image), (70, 50, width - 30, height - 60)
 
@@ -475,18 +587,16 @@ def draw_curve(records: list[dict], width: int = 960, height: int = 540) -> Imag
     for i in range(6):
         y, x = bottom + (top - bottom) * i / 5, right * i / 5
         pen.line([place(0, y), place(right, y)], fill=(225, 225, 225))
-        pen.text((box[0] - 10, place(0, y)[1]), f"{y:.1f}", "black", small, anchor="rm")
+        pen.text((box[0] - 10, place(0, y)[1]), f"{y:,.4g}", "black", small, anchor="rm")
         pen.text((place(x, bottom)[0], box[3] + 10), f"{x:,.0f}", "black", small, anchor="mt")
-    pen.text((box[0], 18), "bits per byte", "black", ImageFont.load_default(size=18))
+    pen.text((box[0], 18), title, "black", ImageFont.load_default(size=18))
     pen.text((width / 2, height - 12), "steps", "black", small, anchor="mb")
-    for i, (name, colour) in enumerate((("training", (60, 120, 200)), ("validation", (220, 90, 30)))):
-        where = [place(*point) for point in curves[name]]
-        if name == "training":
-            pen.line(where, fill=colour, width=2, joint="curve")
-        else:
-            for x, y in where:
-                pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-        last = f"{name} {curves[name][-1][1]:.3f}" if curves[name] else name
+    for i, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
+        where = [place(*point) for point in curve]
+        pen.line(where, fill=colour, width=2, joint="curve")
+        for x, y in where if len(where) < 40 else []:
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        last = f"{name} {curve[-1][1]:,.4g}" if curve else name
         pen.text((width - 30, 18 + 22 * i), last, colour, ImageFont.load_default(size=18), anchor="rt")
     return image
 
@@ -515,6 +625,53 @@ def memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def plan(config: Config) -> str:
+    """What a run takes, without allocating any of it: parameters, FLOPs, bytes a GPU, days.
+
+    Kept in float32 and split over the GPUs: weights, gradients, two moments.  Whole on each GPU in bf16: the tables of
+    tokens, and two blocks, one at work and one on its way, with the gradients of one.  Activations in bf16: see
+    `activations`.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    block = sum(weight.numel() for weight in model.layers[0].parameters())
+    tables = parameters - config.layers * block
+    flops = 6 * parameters + 12 * config.layers * config.dim * config.context
+    step = config.batch * config.context
+    columns = ("GPUs", "weights", "gradients", "moments", "activations", "whole", "in all", "days")
+    lines = [
+        f"{parameters:,} parameters; {flops / 1e9:.1f} GFLOP a token (6 N + 12 layers dim context)",
+        f"a step: {config.batch} rows of {config.context:,}, {step:,} tokens; {config.steps:,} steps, "
+        f"{config.steps * step / 1e9:.3g} billion tokens; {PAPER_TOKENS / step:,.0f} steps to the paper's 228 billion",
+        f"GB a GPU, {config.micro} rows a pass; days to the paper's tokens at {PLANNED:.0%} of an H100's peak each",
+        " ".join(f"{name:>11}" for name in columns),
+    ]
+    alive = activations(config, 2)
+    for gpus in (1, 8, 64, 256):
+        kept = 4 * parameters / gpus
+        whole = 2 * tables + 2 * 2 * block + 4 * block
+        days = PAPER_TOKENS * flops / (PLANNED * 989e12 * gpus) / 86_400
+        gb = [value / 1e9 for value in (kept, kept, 2 * kept, alive, whole, 4 * kept + alive + whole)]
+        cells = (f"{gpus}", *(f"{value:,.2f}" for value in gb), f"{days:,.1f}")
+        lines.append(" ".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
+
+
+def activations(config: Config, size: int) -> int:
+    """Bytes that a forward pass of `micro` rows keeps for the backward pass, in numbers of `size` bytes.
+
+    Of a block: its input, both norms' outputs, queries, keys and values as attention takes them, what it gives, the
+    middle of the residual stream, and four of the feed-forward's width (gate, its SiLU, up, their product).  With
+    `recompute` every block keeps its input, and one at a time the rest.  The logits are there in `size`, in float32
+    and as a gradient.
+    """
+    tokens, kv = config.micro * config.context, config.kv_heads * (config.dim // config.heads)
+    inside = tokens * size * (6 * config.dim + 2 * kv + 4 * config.hidden)
+    blocks = tokens * size * config.layers * config.dim + inside * (1 if config.recompute else config.layers)
+    return blocks + tokens * (size * config.dim + (size + 8) * config.vocab)
+
+
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
@@ -531,7 +688,7 @@ def save_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, s
             shutil.copy(out / "codec.json", part)
             (part / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
             files = sorted(part.iterdir())
-            manifest = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+            manifest = {file.name: digest(file) for file in files}
             (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
             for file in (*files, part / "manifest.json", part):
                 sync(file)
@@ -540,10 +697,8 @@ def save_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, s
             sync(out)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(part, ignore_errors=True)
-        while isinstance(error, CheckpointException):  # as many wrappers as there were stages
-            error = next(iter(error.failures.values()))[0]
         raise UserError(
-            f"could not save {path} ({error}): make room and continue from the one before, which is whole"
+            f"could not save {path} ({cause(error)}): make room and continue from the one before, which is whole"
         ) from None
     barrier()
     if rank() == 0:
@@ -623,4 +778,4 @@ def shard(model: Llama, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: train(parse_config()))
+    run(main)

@@ -313,7 +313,7 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
                 name = f"{split}-{number:05d}"
                 np.save(out / f"{name}.npy", stream)
                 np.save(out / f"{name}.lengths.npy", sizes.astype(np.uint32))
-                sha = hashlib.sha256((out / f"{name}.npy").read_bytes()).hexdigest()
+                sha = digest(out / f"{name}.npy", out / f"{name}.lengths.npy")
                 shards[name] = {"documents": len(sizes), "tokens": len(stream), "symbols": covered, "sha256": sha}
 
     with open(out / "skipped.txt", "wb") as file:
@@ -334,6 +334,16 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
         f"{sum(skipped.values())} of {files:,} files skipped"
         + "".join(f", {n} {why}" for why, n in skipped.most_common())
     )
+
+
+def digest(*paths: Path) -> str:
+    """The sha256 of files, one after the other; never more than a piece of them is in memory."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                sha.update(piece)
+    return sha.hexdigest()
 
 
 def cores() -> int:

@@ -23,10 +23,8 @@ COLOURS = {
     "green": (50, 160, 80),
     "blue": (40, 100, 210),
     "violet": (130, 60, 170),
-    "black": (40, 40, 50),
-    "white": (250, 250, 250),
 }
-GROUNDS = [(244, 238, 224), (206, 228, 244), (214, 236, 208), (250, 216, 216), (70, 78, 104), (96, 74, 66)]
+GROUNDS = [(244, 238, 224), (206, 228, 244), (214, 236, 208), (70, 78, 104)]
 FINE = 4  # drawn this much larger, then averaged down: soft edges
 
 
@@ -63,7 +61,7 @@ OUTLINES = {
     "heart": heart(),
 }
 CELL = 32  # pixels: one shape each, so that shapes and MCUs share their edges
-RADII = (9.5, 12, 14.5)  # pixels
+RADII = (10, 14)  # pixels
 
 
 def draw(index: int, size: int = 64, seed: int = 0) -> np.ndarray:

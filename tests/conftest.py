@@ -1,5 +1,6 @@
 """Real files for the tests that want them, and a small data folder for those that train."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from codec import JPEG
 from data.prepare import prepare
 from data.shapes import draw
+from train import Config, parse, train
 
 ROOT = Path(__file__).parents[1]
 settings.register_profile("any machine", deadline=None)  # speed is for tests.benchmark
@@ -44,6 +46,34 @@ def prepared(photos, tmp_path_factory) -> Path:
     """The data folder that `photos` becomes."""
     out = tmp_path_factory.mktemp("prepared") / "data"
     prepare(photos, out, JPEG(size=32), vocab=300, validation=0.1, workers=1)
+    return out
+
+
+RUN = """
+    --dim 32 --layers 2 --heads 2 --kv-heads 1 --hidden 64 --context 256 --batch 4 --micro 2
+    --steps 12 --every 4 --log-every 1 --samples 4 --warmup 3
+""".split()  # noqa: SIM905
+
+
+def config(data: Path, out: Path, *more: str) -> Config:
+    return parse(["--data", str(data), "--out", str(out), *RUN, *more])[0]
+
+
+def losses(out: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def validation(out: Path) -> list[float]:
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [record["val_bits_per_image"] for record in records if "val_bits_per_image" in record]
+
+
+@pytest.fixture(scope="session")
+def finished(prepared, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(config(prepared, out))
     return out
 
 

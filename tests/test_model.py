@@ -44,6 +44,31 @@ def test_logits_equal_transformers_llama(kv_heads, theta):
         torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_qk_norm_is_that_of_qwen3():
+    transformers = pytest.importorskip("transformers")
+    model = small(2, qk_norm=True)
+    reference = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=300,
+            hidden_size=48,
+            intermediate_size=112,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            max_position_embeddings=96,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
+    reference.load_state_dict(weights)
+    tokens = torch.randint(0, 300, (3, 96), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_cache_gives_what_a_full_pass_gives(kv_heads):
     model = small(kv_heads)

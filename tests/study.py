@@ -1,0 +1,87 @@
+"""The comparisons of the README: what syntax positions are worth, and how often a free model writes a valid file.
+
+python -m tests.study positions OUT --data data/shapes data/eurosat     # trains plain and told at two sizes
+python -m tests.study validity RUN                                      # of every checkpoint (train.py --keep 9)
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from codec import Flags, run
+from sample import checkpoints, generate, load_checkpoint
+from train import draw_curves
+
+SIZES = {"dim 96, 2 layers": "--dim 96 --layers 2 --heads 3 --kv-heads 3 --hidden 256", "dim 192, 4 layers": ""}
+
+
+def positions(out: Path, folders: list[Path], steps: int) -> None:
+    """Train what is not trained yet, print bits an image at the end, and draw OUT/positions.png."""
+    panels = []
+    for folder in folders:
+        for size, shape in SIZES.items():
+            curves = {}
+            for name, flag in (("plain", "--no-syntax"), ("told its positions", "--syntax")):
+                to = out / f"{folder.name}-{size.split(',')[0].replace(' ', '')}{flag[1:]}"
+                arguments = f"--data {folder} --out {to} --steps {steps} --every {max(1, steps // 5)} --samples 16"
+                subprocess.run([sys.executable, "train.py", *arguments.split(), *shape.split(), flag], check=True)
+                records = [json.loads(line) for line in (to / "log.jsonl").read_text().splitlines()]
+                curves[name] = [(r["step"], r["val_bits_per_image"]) for r in records if "val_bits_per_image" in r]
+                speed = np.median([r["tokens_per_second"] for r in records if "tokens_per_second" in r])
+                legal = [r["val_legal_bits_per_image"] for r in records if "val_legal_bits_per_image" in r][-1]
+                print(
+                    json.dumps(
+                        {
+                            "data": folder.name,
+                            "size": size,
+                            "model": name,
+                            "bits_per_image": curves[name][-1][1],
+                            "legal": legal,
+                            "tokens_per_second": speed,
+                        }
+                    )
+                )
+            panels.append(draw_curves(curves, f"{folder.name}, {size}: bits an image over steps"))
+    sheet = Image.new("RGB", (2 * panels[0].width, -(-len(panels) // 2) * panels[0].height), "white")
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i % 2 * panel.width, i // 2 * panel.height))
+    sheet.save(out / "positions.png")
+
+
+def validity(out: Path, count: int) -> None:
+    """Print the share of whole valid files of the untrained model and of each checkpoint, at three temperatures."""
+    for number, checkpoint in enumerate([None, *reversed(checkpoints(out))]):
+        model, tokens = load_checkpoint(checkpoint or checkpoints(out)[0], torch.device("cpu"))
+        if checkpoint is None:
+            model.init_weights(0)
+        shares = {}
+        for temperature in (0.7, 1.0, 1.3):
+            begun, seeds = [np.array([tokens.start])] * count, [(number, i) for i in range(count)]
+            rows = generate(model, tokens, begun, seeds, temperature, free=True)
+            shares[temperature] = sum(tokens.codec.check(tokens.decode(row)) is None for row in rows) / count
+        print(
+            json.dumps({"checkpoint": checkpoint.name if checkpoint else "untrained", "files": count, "valid": shares})
+        )
+
+
+def main() -> None:
+    parser = Flags(__doc__)
+    parser.add_argument("study", choices=("positions", "validity"))
+    parser.add_argument("out", type=Path, help="folder of the runs, or run folder")
+    parser.add_argument("--data", type=Path, nargs="+", help="data folders")
+    parser.add_argument("--steps", type=int, default=500, help="of each run (default: 500)")
+    parser.add_argument("--count", type=int, default=128, help="files (default: 128)")
+    flags = parser.parse(None)
+    if flags.study == "positions":
+        positions(flags.out, flags.data, flags.steps)
+    else:
+        validity(flags.out, flags.count)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,161 @@
+"""What hf.py promises: transformers loads what is written, and what transformers and sentencepiece write is read."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, config
+
+import hf
+from codec import JPEG, UserError
+from data.shapes import draw
+from model import Llama, ModelConfig
+from sample import newest, read_run
+from train import train
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def plain(prepared, tmp_path_factory):
+    """A run of a plain Llama, without syntax positions."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    train(config(prepared, out, "--no-syntax", "--steps", "4"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder of the form of the published JPEG-LM: 32 heads, vocab 320, float16, context 65,536, sentencepiece."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("published")
+    codec, text = JPEG(size=256, header=True), folder / "text"
+    rng = np.random.default_rng(0)
+    lines = ["".join(chr(hf.BYTE + b) for b in codec.encode(draw(i, 256))) for i in range(20)]
+    lines += ["".join(chr(hf.BYTE + b) for b in rng.permutation(256)) for _ in range(4)]
+    text.write_text("\n".join(lines), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=320, minloglevel=2,
+        max_sentence_length=10**6, character_coverage=1.0, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, split_by_unicode_script=False, split_by_number=False, split_by_whitespace=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=320, hidden_size=256, intermediate_size=352, num_hidden_layers=2, num_attention_heads=32,
+            num_key_value_heads=32, max_position_embeddings=65_536, rms_norm_eps=1e-5, initializer_range=0.2,
+        )
+    )  # fmt: skip
+    model.half().save_pretrained(folder, max_shard_size="500KB")
+    return folder
+
+
+def test_transformers_loads_what_is_written_to_the_same_logits(plain, tmp_path):
+    result = command("train.py", "--out", plain, "--hf", tmp_path / "hf", "--export", tmp_path / "weights.pt")
+    assert result.returncode == 0, result.stderr
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ours, tokens = read_run(plain, torch.device("cpu"))
+    x = torch.randint(0, tokens.vocab, (2, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x).logits, rtol=1e-4, atol=1e-5)
+    back, known = read_run(tmp_path / "hf", torch.device("cpu"))
+    assert known == tokens
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters(), strict=True))
+    single = torch.load(tmp_path / "weights.pt", weights_only=True)
+    again = Llama(ModelConfig(**single["config"]))
+    again.load_state_dict(single["model"])
+    assert single["codec"]["merges"] == [list(pair) for pair in tokens.merges]
+
+
+def test_a_published_folder_gives_the_logits_of_transformers(published):
+    assert len(list(published.glob("*.safetensors"))) > 2
+    theirs = transformers.LlamaForCausalLM.from_pretrained(published, torch_dtype=torch.float32).eval()
+    ours, tokens = read_run(published, torch.device("cpu"))
+    assert (ours.config.heads, ours.config.context, tokens.codec) == (32, 65_536, JPEG(size=256, header=True))
+    _, order = hf.read_tokenizer(published / "tokenizer.model", tokens.codec)
+    assert len(set(order)) == len(order) == tokens.vocab == 319  # all but the unknown
+    x = torch.randint(0, tokens.vocab, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(order)[x]).logits[..., order]
+        torch.testing.assert_close(ours(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_are_those_of_sentencepiece(published):
+    """The same tokens for the files of drawings as sentencepiece gives, start and end included."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(published / "tokenizer.model"))
+    codec = JPEG(size=256, header=True)
+    tokens, order = hf.read_tokenizer(published / "tokenizer.model", codec)
+    for i in range(30):
+        symbols = codec.encode(draw(100 + i, 256))
+        theirs = processor.encode("".join(chr(hf.BYTE + byte) for byte in symbols), add_bos=True, add_eos=True)
+        ours = tokens.encode([symbols])[0]
+        assert [order[token] for token in ours] == theirs
+        assert np.array_equal(tokens.decode(ours), symbols)
+
+
+def test_bin_weights_and_tied_heads_are_read(tmp_path, plain):
+    ours, tokens = read_run(plain, torch.device("cpu"))
+    hf.write(tmp_path, ours, tokens)
+    state = hf.read_safetensors(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    state.pop("lm_head.weight")
+    half = len(state) // 2
+    for i, names in enumerate((list(state)[:half], list(state)[half:])):
+        torch.save({name: state[name] for name in names}, tmp_path / f"pytorch_model-0000{i}.bin")
+    back, _ = read_run(tmp_path, torch.device("cpu"))
+    assert torch.equal(back.lm_head.weight, back.embed_tokens.weight)
+    assert torch.equal(back.embed_tokens.weight, ours.embed_tokens.weight)
+
+
+def test_training_begins_with_given_weights(plain, prepared, tmp_path):
+    ours, tokens = read_run(plain, torch.device("cpu"))
+    hf.write(tmp_path / "hf", ours, tokens)
+    settings = ["--no-syntax", "--steps", "4", "--lr", "1e-9", "--init", str(tmp_path / "hf")]
+    train(config(prepared, tmp_path / "run", *settings))
+    begun, _ = read_run(tmp_path / "run", torch.device("cpu"))
+    for a, b in zip(ours.parameters(), begun.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+    with pytest.raises(UserError, match="another shape: give --dim 32 --layers 2 --heads 2"):
+        train(config(prepared, tmp_path / "other", *settings, "--dim", "64"))
+
+
+def test_published_folders_write_files_and_continue_to_train(published, prepared, tmp_path):
+    model, tokens = hf.read(published, torch.device("cpu"))
+    assert newest(published) is None and tokens.grammar.mcus == 256
+    sizes = {"dim": 256, "layers": 2, "heads": 32, "kv-heads": 32, "hidden": 352, "steps": 2, "every": 2}
+    shape = ["--no-syntax", *(f"--{name}={value}" for name, value in sizes.items())]
+    train(config(prepared, tmp_path / "run", *shape, "--init", str(published)))
+    begun, known = read_run(tmp_path / "run", torch.device("cpu"))
+    theirs = {piece.tobytes(): row for row, piece in enumerate(tokens.expansions)}
+    for row, piece in enumerate(known.expansions):
+        if piece.tobytes() in theirs:
+            there = model.embed_tokens.weight[theirs[piece.tobytes()]]
+            assert (begun.embed_tokens.weight[row] - there).abs().max() < 0.01
+
+
+def test_what_is_no_plain_llama_is_refused(plain, finished, tmp_path):
+    with pytest.raises(UserError, match="no syntax positions"):
+        hf.write(tmp_path / "told", *read_run(finished, torch.device("cpu")))
+    model, tokens = read_run(plain, torch.device("cpu"))
+    hf.write(tmp_path, model, tokens)
+    theirs = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"model_type": "mistral"}, "a mistral with default rotary positions"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "llama3 rotary positions"),
+        ({"num_hidden_layers": 3}, "does not hold the weights of its config.json"),
+        ({"hidden_size": None}, "only a plain Llama"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**theirs, **change}))
+        with pytest.raises(UserError, match=message):
+            hf.read(tmp_path, torch.device("cpu"))
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    (tmp_path / "codec.json").unlink()
+    with pytest.raises(UserError, match="neither codec.json nor tokenizer.model"):
+        hf.read(tmp_path, torch.device("cpu"))
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        hf.read(tmp_path, torch.device("cpu"))
