@@ -145,6 +145,20 @@ def test_two_processes_give_the_losses_of_one(prepared, finished, tmp_path):
     assert losses(tmp_path / "run")[12] == pytest.approx(losses(finished)[12], abs=1e-5)
 
 
+def test_z_loss_adds_the_square_of_the_denominators_logarithm(prepared, tmp_path):
+    settings = replace(config(prepared, tmp_path), vocab=300)
+    stream, cpu = Stream(prepared, "train", load_tokens(prepared).grammar), torch.device("cpu")
+    rows, grads = stream.rows(256)[:4], []
+    for z_loss in (0.0, 0.3):
+        model = module.build_model(replace(settings, z_loss=z_loss), cpu)
+        module.backward(model, stream, rows, 2, replace(settings, syntax=False, z_loss=z_loss), cpu)
+        grads.append(model.lm_head.weight.grad)
+    model = module.build_model(settings, cpu)
+    x, where, _ = module.batch_of(stream, rows, 256, False, cpu)
+    (0.3 * model(x, where).logsumexp(-1).square().mean()).backward()
+    torch.testing.assert_close(grads[1] - grads[0], model.lm_head.weight.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_recomputing_changes_nothing(prepared, finished, tmp_path):
     train(config(prepared, tmp_path / "run", "--recompute"))
     assert losses(tmp_path / "run") == losses(finished)
@@ -167,6 +181,36 @@ def test_too_little_data_is_refused(prepared, tmp_path):
         train(config(prepared, tmp_path / "run", "--context", "100000"))
     with pytest.raises(UserError, match="holds no codec.json"):
         train(config(tmp_path, tmp_path / "run"))
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_preset_has_a_plan():
+    for name in CONFIGS:
+        text = module.plan(parse(["--config", name])[0])
+        assert len(text.splitlines()) == 8 and "nan" not in text
+    text = module.plan(CONFIGS["7b"])
+    assert "6,478,893,056 parameters; 58.2 GFLOP a token" in text
+
+
+@pytest.mark.parametrize("shape", [(128, 4, 4, 344), (128, 4, 1, 512), (256, 8, 8, 256)])
+def test_planned_activations_are_those_that_autograd_keeps(shape):
+    """What a forward pass saves for the backward pass, counted in bytes, is within a tenth of the plan's."""
+    dim, heads, kv_heads, hidden = shape
+    settings = Config(vocab=32, dim=dim, heads=heads, kv_heads=kv_heads, hidden=hidden, layers=5, context=256, micro=2)
+    model, kept = module.build_model(settings, torch.device("cpu")), {}
+    weights = {weight.data_ptr() for weight in model.parameters()}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in weights and tensor.dtype.is_floating_point:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = module.cross_entropy(model(torch.zeros(2, 256, dtype=torch.long)), torch.zeros(2, 256, dtype=torch.long))
+    assert loss > 0
+    assert module.activations(settings, 4) == pytest.approx(sum(kept.values()), rel=0.1)
 
 
 @pytest.mark.parametrize(
