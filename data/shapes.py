@@ -1,4 +1,4 @@
-"""The built-in data: pictures of one to four shapes, drawn on the spot, the same every time.
+"""The built-in data: pictures of shapes, one to a cell of 32 pixels, drawn on the spot, the same every time.
 
     python -m data.shapes                                            # data/shapes, which train.py makes if it is absent
     python -m data.shapes data/shapes32 --size 32 --count 20000
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from codec import JPEG, Flags, run
+from codec import JPEG, Flags, UserError, run
 from data.prepare import cores, prepare
 
 COLOURS = {
@@ -84,7 +84,9 @@ def draw(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
 
 
 def make(out: Path, count: int = 8000, size: int = 64) -> None:
-    """Draw `count` pictures and prepare them.  A repeated call continues."""
+    """Draw `count` pictures and prepare them.  A repeated call continues.  Errors: UserError."""
+    if size % CELL or size < CELL:
+        raise UserError(f"--size is {size}: choose a multiple of {CELL} pixels, one shape to a cell of them")
     folder = out.with_name(out.name + "-pictures")
     folder.mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(count), "draw", unit=" pictures"):
