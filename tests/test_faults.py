@@ -1,5 +1,6 @@
 """Nothing lost, nothing silently wrong: every fault is made for real, most of them with kill."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -18,10 +19,10 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, RUN, command, config, losses, validation
 
 import train as module
-from codec import UserError
+from codec import UserError, load_tokens
 from data.prepare import digest
 from sample import damage, newest
-from train import train
+from train import Stream, train
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -33,7 +34,7 @@ def torchrun(processes: int, *arguments: object) -> list[str]:
 
 def start(prepared: Path, out: Path, *more: object) -> subprocess.Popen:
     arguments = [sys.executable, "train.py", "--data", prepared, "--out", out, *RUN, *more]
-    return subprocess.Popen([*map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def wait_for(out: Path, step: int, process: subprocess.Popen) -> None:
@@ -43,6 +44,15 @@ def wait_for(out: Path, step: int, process: subprocess.Popen) -> None:
         if log.exists() and f'"step": {step},' in log.read_text():
             return
         time.sleep(0.005)
+
+
+def running(folder: Path) -> list[int]:
+    """The processes whose command line names a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += [int(path.parent.name)] if str(folder).encode() in path.read_bytes() else []
+    return found
 
 
 # --- kill -9 --------------------------------------------------------------------------------------------------------
@@ -119,10 +129,11 @@ def test_a_run_continues_on_another_number_of_processes(prepared, finished, tmp_
             env=ONE_THREAD,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
         )
         wait_for(tmp_path / "run", steps + 1, process)
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in running(tmp_path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
         assert newest(tmp_path / "run").name == f"step_{steps:08d}", process.stderr.read()
     train(config(prepared, tmp_path / "run"))
@@ -170,7 +181,7 @@ def test_200_flipped_bytes_of_a_checkpoint_are_all_found(finished, tmp_path):
 
 
 def test_a_damaged_shard_is_named(prepared, tmp_path):
-    rng = np.random.default_rng(0)
+    rng, grammar = np.random.default_rng(0), load_tokens(prepared).grammar
     for trial in range(20):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         shutil.copytree(prepared, tmp_path / "data")
@@ -178,8 +189,11 @@ def test_a_damaged_shard_is_named(prepared, tmp_path):
         data = bytearray(path.read_bytes())
         data[rng.integers(128, len(data))] ^= 1 << rng.integers(8)  # behind numpy's header
         path.write_bytes(data)
-        with pytest.raises(UserError, match=rf"{path.name.split('.')[0]}.npy is not as it was written"):
-            train(config(tmp_path / "data", tmp_path / "run"))
+        name = path.name.split(".")[0]
+        with pytest.raises(UserError, match=f"{name}.npy is not as it was written"):
+            Stream(tmp_path / "data", name.split("-")[0], grammar)
+    with pytest.raises(UserError, match="is not as it was written"):
+        train(config(tmp_path / "data", tmp_path / "run"))
 
 
 class Evil:
@@ -246,19 +260,19 @@ def test_a_signal_ends_the_step_saves_and_the_run_continues(prepared, finished, 
     process.send_signal(number)
     assert process.wait(30) == 0
     step = int(newest(tmp_path / "run").name[5:])
-    assert 5 <= step < 12 and f"stopped and saved at step {step}" in process.stderr.read()
+    assert 5 <= step < 12 and f"stopped and saved at step {step}" in process.stdout.read()
     train(config(prepared, tmp_path / "run"))
     assert losses(tmp_path / "run") == losses(finished)
 
 
 def test_all_processes_stop_at_the_same_step(prepared, finished, tmp_path):
     arguments = torchrun(2, "train.py", "--data", prepared, "--out", tmp_path / "run", *RUN)
-    process = subprocess.Popen(arguments, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
     wait_for(tmp_path / "run", 5, process)
     process.send_signal(signal.SIGTERM)
     process.wait(60)
     step = int(newest(tmp_path / "run").name[5:])
-    assert 5 <= step < 12 and f"stopped and saved at step {step}" in process.stderr.read()
+    assert 5 <= step < 12 and f"stopped and saved at step {step}" in process.stdout.read()
     train(config(prepared, tmp_path / "run"))
     for number, loss in losses(finished).items():
         assert losses(tmp_path / "run")[number] == pytest.approx(loss, rel=1e-6)
@@ -323,16 +337,8 @@ def test_a_nan_on_one_process_stops_all_before_the_step(prepared, tmp_path):
 def test_one_dead_process_leaves_none_behind(prepared, tmp_path):
     result, seconds = fail(prepared, tmp_path, "os._exit(9)")
     assert result.returncode and seconds < 60
-    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in read(path)]
-    assert left == []
+    assert running(tmp_path) == []
     assert newest(tmp_path / "run").name == "step_00000004"
-
-
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:  # it has ended meanwhile
-        return b""
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(prepared, tmp_path, monkeypatch):

@@ -32,8 +32,8 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     codec, text = JPEG(size=256, header=True), folder / "text"
     rng = np.random.default_rng(0)
-    lines = ["".join(chr(hf.BYTE + b) for b in codec.encode(draw(i, 256))) for i in range(20)]
-    lines += ["".join(chr(hf.BYTE + b) for b in rng.permutation(256)) for _ in range(4)]
+    lines = ["".join(chr(hf.BYTE + b) for b in codec.encode(draw(i, 256)).tolist()) for i in range(20)]
+    lines += ["".join(chr(hf.BYTE + b) for b in rng.permutation(256).tolist()) for _ in range(4)]
     text.write_text("\n".join(lines), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=320, minloglevel=2,
@@ -90,7 +90,7 @@ def test_pairs_are_those_of_sentencepiece(published):
     tokens, order = hf.read_tokenizer(published / "tokenizer.model", codec)
     for i in range(30):
         symbols = codec.encode(draw(100 + i, 256))
-        theirs = processor.encode("".join(chr(hf.BYTE + byte) for byte in symbols), add_bos=True, add_eos=True)
+        theirs = processor.encode("".join(chr(hf.BYTE + byte) for byte in symbols.tolist()), add_bos=True, add_eos=True)
         ours = tokens.encode([symbols])[0]
         assert [order[token] for token in ours] == theirs
         assert np.array_equal(tokens.decode(ours), symbols)
