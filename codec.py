@@ -412,31 +412,40 @@ def scan_grammar(codec: JPEG) -> Grammar:
     away += 2 * bool(header) + 1
     away[eoi], away[ended] = shortest + 1, shortest if header else 0
 
-    blocks = BLOCKS[codec.subsampling].luma + 2
-    width = end // (65 * blocks)
-    inside = np.concatenate([np.arange(end), stuffed.clip(0)])
-    block, coefficient, node = inside // (65 * width), inside // width % 65, inside % width
-    tree = 2 * (coefficient > 0) + (block >= blocks - 2)
-    parts = np.zeros((len(table), 5), np.int64)
-    parts[:in_header, 0], parts[:in_header, 1] = block, coefficient
-    parts[:end, 2], parts[end:in_header, 2] = (tree * width + node)[:end], 4 * width
-    parts[in_header:, 0] = [*[blocks] * len(header), *range(blocks + 1, blocks + 5)]
-    parts[in_header:over, 2] = np.arange(len(header))
-    mcu = np.minimum(np.arange(codec.mcus + 1), codec.mcus - 1)
-    sizes = (blocks + 5, 65, 4 * width + 1, codec.rows, codec.rows)
-    places = np.stack([0 * mcu, 0 * mcu, 0 * mcu, mcu // codec.rows, mcu % codec.rows], 1)
+    syntax, places, positions = scan_positions(codec, end, stuffed.clip(0), len(header))
     return Grammar(
         table,
         away,
-        parts,
+        syntax,
         places,
-        positions=sizes,
+        positions,
         first=in_header if header else 0,
         closing=eoi if header else over,
         mcus=codec.mcus,
         header=codec.header,
         shortest=shortest,
     )
+
+
+def scan_positions(codec: JPEG, end: int, stuffed: np.ndarray, header: int) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """Where each local state of `scan_grammar` is, where each MCU is, and how many values the five numbers have.
+
+    Trees share no nodes, so that a number says which of them is read.  Before a stuffed 00 it says just that, in the
+    header how far it is read; what follows the MCUs has blocks of its own.
+    """
+    blocks = BLOCKS[codec.subsampling].luma + 2
+    width = end // (65 * blocks)
+    inside = np.concatenate([np.arange(end), stuffed])
+    block, coefficient, node = inside // (65 * width), inside // width % 65, inside % width
+    tree = 2 * (coefficient > 0) + (block >= blocks - 2)
+    node = np.where(np.arange(len(inside)) < end, tree * width + node, 4 * width)
+    syntax = np.zeros((len(inside) + header + 4, 5), np.int64)
+    syntax[: len(inside), :3] = np.stack([block, coefficient, node], 1)
+    syntax[len(inside) :, 0] = [*[blocks] * header, *range(blocks + 1, blocks + 5)]
+    syntax[len(inside) : len(inside) + header, 2] = np.arange(header)
+    places = np.zeros((codec.mcus + 1, 5), np.int64)  # when all MCUs are over, EOI may still come
+    places[:, 3], places[:, 4] = np.divmod(np.minimum(np.arange(codec.mcus + 1), codec.mcus - 1), codec.rows)
+    return syntax, places, (blocks + 5, 65, 4 * width + 1, codec.rows, codec.rows)
 
 
 # --- byte pairs -----------------------------------------------------------------------------------------------------
