@@ -71,7 +71,7 @@ def begin(grammar: Grammar, prompts: list[np.ndarray], length: int) -> None:
         if rest > length - len(prompt):
             room = f"{max(0, length - len(prompt))} are left after a prompt of {len(prompt)}"
             raise UserError(
-                f"the rest of the file takes {rest} tokens or more, and {room}: take a model with more context"
+                f"the rest of the file takes {rest} tokens or more, and {room}: pass --free, or take a model of more context"
             )
 
 
@@ -266,7 +266,7 @@ def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray],
     note.write_text(json.dumps(settings, indent=1) + "\n")
     paths = [folder / f"{i:05d}{tokens.codec.suffix}" for i in range(len(prompts))]
     waiting = [i for i, path in enumerate(paths) if not path.exists()]
-    limits = {name: settings[name] for name in ("temperature", "top_k", "top_p", "free")}
+    limits = {name: settings[name] for name in ("temperature", "top_k", "top_p", "length", "free")}
     with tqdm(total=len(paths), initial=len(paths) - len(waiting), unit=" files", desc=str(folder)) as bar:
         for numbers in (waiting[first : first + batch] for first in range(0, len(waiting), batch)):
             begun = [tokens.encode([prompts[i]])[0][:-1] for i in numbers]  # all but the end
@@ -298,6 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all (default: 0)"
     )
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that make up p (default: 1)")
+    parser.add_argument("--length", type=int, help="tokens of a file at most (default: the model's context)")
     parser.add_argument("--batch", type=int, default=64, help="files at once (default: 64)")
     parser.add_argument("--prompt", type=Path, help="a picture to complete, or a folder of them")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="share of the rows given (default: 0.5)")
@@ -318,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokens = read_run(flags.run, device)
     if not flags.free and not tokens.grammar.shortest:
         print(f"note: the grammar does not cover {tokens.codec}, so that files may be invalid, as with --free")
-    settings = {name: getattr(flags, name) for name in ("seed", "temperature", "top_k", "top_p", "free")}
+    settings = {name: getattr(flags, name) for name in ("seed", "temperature", "top_k", "top_p", "length", "free")}
     settings |= {"checkpoint": str(newest(flags.run) or flags.run), "codec": asdict(tokens.codec)}
     if flags.prompt is None:
         jobs = {flags.to or flags.run / "samples": [np.empty(0, tokens.dtype)] * (flags.count or 64)}

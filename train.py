@@ -553,10 +553,11 @@ def show(model: Llama, tokens: Tokens, out: Path, step: int, config: Config, log
     """Write OUT/grids/STEP.png, a grid of what the model writes now, and OUT/loss.png."""
     model.eval()
     begun = [np.array([tokens.start])] * config.samples
+    free = 1 + tokens.grammar.rest(0, tokens.grammar.first) > config.context  # then no whole picture fits
     written = []
     for first in range(0, config.samples, 64):
         seeds = [(config.seed, i) for i in range(first, min(first + 64, config.samples))]
-        written += generate(model, tokens, begun[first : first + 64], seeds)
+        written += generate(model, tokens, begun[first : first + 64], seeds, free=bool(free))
     model.train()
     if rank() == 0:
         (out / "grids").mkdir(exist_ok=True)
