@@ -70,9 +70,8 @@ def begin(grammar: Grammar, prompts: list[np.ndarray], length: int) -> None:
         rest = int(grammar.rest(states[0, -1] // size, states[0, -1] % size))
         if rest > length - len(prompt):
             room = f"{max(0, length - len(prompt))} are left after a prompt of {len(prompt)}"
-            raise UserError(
-                f"the rest of the file takes {rest} tokens or more, and {room}: pass --free, or take a model of more context"
-            )
+            needs = f"the rest of the file takes {rest} tokens or more, and {room}"
+            raise UserError(f"{needs}: pass --free, or take a model of more context")
 
 
 @torch.inference_mode()
@@ -214,7 +213,11 @@ def cause(error: BaseException) -> BaseException:
 def load_checkpoint(checkpoint: Path, device: torch.device) -> tuple[Llama, Tokens]:
     """The model of a checkpoint, whole, on one device, whatever number of processes wrote it, and its tokens."""
     saved = json.loads((checkpoint / "config.json").read_text())
-    model = Llama(ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig)})).to(device).eval()
+    model = (
+        Llama(ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig) if field.name in saved}))
+        .to(device)
+        .eval()
+    )
     read_state({"model": model.state_dict()}, checkpoint)
     return model, load_tokens(checkpoint)
 

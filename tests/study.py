@@ -28,7 +28,7 @@ def positions(out: Path, folders: list[Path], steps: int) -> None:
             curves = {}
             for name, flag in (("plain", "--no-syntax"), ("told its positions", "--syntax")):
                 to = out / f"{folder.name}-{size.split(',')[0].replace(' ', '')}{flag[1:]}"
-                arguments = f"--data {folder} --out {to} --steps {steps} --every {max(1, steps // 5)} --samples 16"
+                arguments = f"--data {folder} --out {to} --steps {steps} --every {max(1, steps // 4)} --samples 16"
                 subprocess.run([sys.executable, "train.py", *arguments.split(), *shape.split(), flag], check=True)
                 records = [json.loads(line) for line in (to / "log.jsonl").read_text().splitlines()]
                 curves[name] = [(r["step"], r["val_bits_per_image"]) for r in records if "val_bits_per_image" in r]
