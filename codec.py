@@ -636,12 +636,13 @@ class Flags(argparse.ArgumentParser):
             allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
-    def add_fields(self, kind: type) -> None:
+    def add_fields(self, defaults: object) -> None:
+        kind = type(defaults)
         source = "".join(inspect.getsource(base) for base in reversed(kind.__mro__) if base is not object)
         comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", source, re.MULTILINE))
         for field in (field for field in fields(kind) if field.name in comments):
             action = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-            text = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
+            text = f"{comments[field.name]} (default: {getattr(defaults, field.name)})".replace("%", "%%")
             self.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **action)
 
     def parse(self, arguments: list[str] | None) -> argparse.Namespace:

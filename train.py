@@ -100,12 +100,15 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
     """A preset, and over it every field that has a flag; and what to do instead of training.  Errors: UserError."""
     parser = Flags(__doc__)
     parser.add_argument(
-        "--config", choices=CONFIGS, default="small", help="preset that the flags below change (default: small)"
+        "--config",
+        choices=CONFIGS,
+        default="small",
+        help="preset that the flags below change (default: small, whose values they show)",
     )
     parser.add_argument("--plan", action="store_true", help="print size, memory and days of training, and end")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the trained weights as one file, and end")
     parser.add_argument("--hf", type=Path, metavar="DIR", help="write a Llama folder of Hugging Face, and end")
-    parser.add_fields(Config)
+    parser.add_fields(CONFIGS["small"])
     flags = parser.parse(arguments)
     names = {field.name for field in fields(Config)}
     config = replace(CONFIGS[flags.config], **{name: value for name, value in vars(flags).items() if name in names})

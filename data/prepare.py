@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core)")
     for codec in CODECS.values():
-        parser.add_fields(codec)
+        parser.add_fields(codec())
     flags = parser.parse(arguments)
     kind = CODECS[flags.codec]
     given = vars(flags)
