@@ -459,16 +459,7 @@ def open_run(out: Path, config: Config, tokens: Tokens) -> None:
         json.loads(json.dumps({**asdict(config), "codec": asdict(tokens.codec), "vocabulary": tokens.hash})),
     )
     if path.exists():
-        free = {
-            "out",
-            "log",
-            "every",
-            "samples",
-            "keep",
-            "micro",
-            "compile",
-            "recompute",
-        }  # may change while a run goes on
+        free = {"out", "log_every", "every", "samples", "keep", "micro", "compile", "recompute"}  # may change meanwhile
         before = json.loads(path.read_text())
         if changed := differences(
             *({k: v for k, v in settings.items() if k not in free} for settings in (before, now))
