@@ -535,12 +535,15 @@ class Tokens:
         return table
 
 
+LONGEST = 64  # symbols that one token may stand for: on plain grounds they would grow to whole rows of a picture
+
+
 def learn_pairs(codec: Codec, documents: Sequence[np.ndarray], vocab: int) -> Tokens:
     """Merge the most frequent pair of neighbours (the smallest of equals) until there are `vocab` tokens or no pair
     is left."""
     if not codec.vocab + 2 <= vocab <= 0xD800:  # above are the characters that a string cannot hold
         raise UserError(f"vocab is {vocab}: choose {codec.vocab + 2} (no pairs) to {0xD800:,}")
-    text, merges = to_text(Tokens(codec).encode(documents)[0]), []
+    text, merges, lengths = to_text(Tokens(codec).encode(documents)[0]), [], []
     start, end = chr(codec.vocab), chr(codec.vocab + 1)
     text = text.replace(start, "").replace(
         end, chr(vocab - 1)
@@ -548,10 +551,14 @@ def learn_pairs(codec: Codec, documents: Sequence[np.ndarray], vocab: int) -> To
     for token in range(codec.vocab, vocab - 2):
         stream = from_text(text).astype(np.int64)
         counts = np.bincount(stream[:-1] * vocab + stream[1:], minlength=vocab * vocab).reshape(vocab, vocab)[:-1, :-1]
+        sizes = np.ones(vocab - 1, np.int64)
+        sizes[codec.vocab : token] = lengths
+        counts[sizes[:, None] + sizes > LONGEST] = 0
         left, right = divmod(int(counts.argmax()), vocab - 1)
         if counts[left, right] < 2:
             break
         merges.append((left, right))
+        lengths.append(sizes[left] + sizes[right])
         text = text.replace(chr(left) + chr(right), chr(token))
     return Tokens(codec, tuple(merges))
 

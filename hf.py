@@ -1,7 +1,7 @@
 """Hugging Face's Llama folders, out and in: config.json, weights in .safetensors or .bin, tokenizer.model.
 
     python train.py --out out/small --hf folder           # LlamaForCausalLM.from_pretrained("folder")
-    python sample.py folder                               # such a folder, or one published for JPEG-LM
+    python sample.py folder --length 8192 --batch 4       # such a folder, or one published for JPEG-LM
 
 A sentencepiece tokenizer numbers its tokens otherwise than `codec.Tokens` does.  Its rows of the embedding and of the
 head are put into our order once, when they are read, and nothing else has to know.
@@ -78,7 +78,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 state |= torch.load(path, map_location="cpu", weights_only=True)
             else:
                 state |= read_safetensors(path)
-        except (ValueError, LookupError, RuntimeError, pickle.UnpicklingError) as error:
+        except (ValueError, LookupError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(f"{path} cannot be read ({type(error).__name__}): download it anew") from None
     if not state:
         raise UserError(f"{folder} holds neither *.safetensors nor pytorch_model*.bin: download the weights as well")
@@ -153,7 +153,9 @@ def write(folder: Path, model: Llama, tokens: Tokens) -> None:
     """A folder that transformers loads to the same logits.  Errors: UserError, if the model is no plain Llama."""
     config = model.config
     if config.positions or config.qk_norm:
-        raise UserError("transformers' Llama has no syntax positions and no QK-norm: train with --no-syntax")
+        raise UserError(
+            "transformers' Llama has no syntax positions and no QK-norm: train with --no-syntax --no-qk-norm"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     theirs = {name: getattr(config, ours) for name, ours in NAMES.items()}
     theirs |= {
@@ -192,7 +194,8 @@ def read(folder: Path, device: torch.device) -> tuple[Llama, Tokens]:
         raise UserError(f"{folder} is {what}: only a plain Llama is read")
     state = read_weights(folder)
     state = {name: tensor for name, tensor in state.items() if "rotary_emb" not in name}
-    state.setdefault("lm_head.weight", state["embed_tokens.weight"])  # tied
+    if "lm_head.weight" not in state and "embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["embed_tokens.weight"]  # tied
     if (folder / "codec.json").exists():
         tokens, order = load_tokens(folder), list(range(ours["vocab"]))
     elif (folder / "tokenizer.model").exists():
@@ -200,7 +203,8 @@ def read(folder: Path, device: torch.device) -> tuple[Llama, Tokens]:
     else:
         raise UserError(f"{folder} holds neither codec.json nor tokenizer.model: download the tokenizer as well")
     for name in ("embed_tokens.weight", "lm_head.weight"):
-        state[name] = state[name][torch.tensor(order)]
+        if name in state and len(state[name]) > max(order):
+            state[name] = state[name][torch.tensor(order)]
     config = ModelConfig(**{**ours, "vocab": tokens.vocab, "rope_theta": float(theta)})
     with torch.device("meta"):
         model = Llama(config)

@@ -224,7 +224,7 @@ def load_checkpoint(checkpoint: Path, device: torch.device) -> tuple[Llama, Toke
 
 def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokens]:
     """The newest checkpoint of a run, or a Llama folder of Hugging Face."""
-    if not any(out.glob("step_*")) and any(out.glob("*.safetensors")) or any(out.glob("pytorch_model*.bin")):
+    if not any(out.glob("step_*")) and (any(out.glob("*.safetensors")) or any(out.glob("pytorch_model*.bin"))):
         return hf.read(out, device)
     checkpoint = newest(out)
     if checkpoint is None:
@@ -312,10 +312,12 @@ def main(arguments: list[str] | None = None) -> None:
         or flags.top_k < 0
         or not 0 < flags.top_p <= 1
         or flags.batch < 1
-        or (flags.count or 1) < 1
+        or min(flags.count or 1, flags.length or 1) < 1
+        or flags.seed < 0
     ):
         raise UserError(
-            "--temperature and --top-k are at least 0, --top-p above 0 up to 1, --batch and --count at least 1"
+            "--temperature, --top-k and --seed are at least 0, --top-p above 0 up to 1, --batch, --count and --length "
+            "at least 1"
         )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +83,7 @@ PAPER = partial(
     steps=100_000,
     batch=512,
     micro=1,
+    samples=1,
     compile=True,
     recompute=True,
 )
@@ -114,7 +116,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
     config = replace(CONFIGS[flags.config], **{name: value for name, value in vars(flags).items() if name in names})
     for field in fields(Config):
         value = getattr(config, field.name)
-        if field.type in (int, float) and value <= 0 and field.name not in ("seed", "warmup", "decay", "z_loss"):
+        if field.type in (int, float) and value < 0:
+            raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must not be below 0")
+        if field.type in (int, float) and value == 0 and field.name not in ("seed", "warmup", "decay", "z_loss"):
             raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be above 0")
     if config.dim % config.heads or config.heads % config.kv_heads or config.dim // config.heads % 2:
         shape = f"--dim {config.dim} --heads {config.heads} --kv-heads {config.kv_heads}"
@@ -308,8 +312,15 @@ VALIDATION = (
 def train(config: Config) -> None:
     """Train, or continue to train, into config.out.  Errors: UserError."""
     device = start()
-    with claim(Path(config.out)), Stop() as stop:
-        loop(config, device, stop)
+    try:
+        if config.data == Config.data and rank() == 0 and not Path(config.data, "report.json").exists():
+            data.shapes.make(Path(config.data))
+        barrier()
+        with claim(Path(config.out)), Stop() as stop:
+            loop(config, device, stop)
+    finally:
+        if dist.is_initialized() and world() == 1:  # after an error, others may wait for this one
+            dist.destroy_process_group()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -317,9 +328,6 @@ def train(config: Config) -> None:
 def loop(config: Config, device: torch.device, stop: "Stop") -> None:
     out = Path(config.out)
     say = tqdm.write if rank() == 0 else lambda *_, **__: None
-    if config.data == Config.data and rank() == 0 and not Path(config.data, "report.json").exists():
-        data.shapes.make(Path(config.data))
-    barrier()
     tokens = load_tokens(Path(config.data))
     streams = {split: Stream(Path(config.data), split, tokens.grammar) for split in ("train", "val")}
     config = replace(config, vocab=tokens.vocab, positions=tokens.grammar.positions if config.syntax else ())
@@ -336,7 +344,9 @@ def loop(config: Config, device: torch.device, stop: "Stop") -> None:
     micro = min(config.micro, share)
 
     model = build_model(config, device)
-    if config.init:
+    if config.syntax and not tokens.grammar.positions:
+        say(f"note: {tokens.codec} has no syntax positions, so --syntax changes nothing")
+    if config.init and newest(out, say) is None:
         begin_from(model, tokens, Path(config.init), say)
     optimizer = build_optimizer(model, config)
     if rank() == 0:
@@ -431,10 +441,15 @@ def begin_from(model: Llama, tokens: Tokens, folder: Path, say) -> None:
     theirs, known = hf.read(folder, torch.device("cpu"))
     state, ours = theirs.state_dict(), model.state_dict()
     tables = ("embed_tokens.weight", "lm_head.weight")
+    same = ("dim", "layers", "heads", "kv_heads", "hidden", "rope_theta", "norm_eps", "qk_norm")
     odd = [name for name in ours if name not in tables and name in state and state[name].shape != ours[name].shape]
-    if odd or set(state) - set(ours) or state[tables[0]].shape[1] != model.config.dim:
-        fields_ = ("dim", "layers", "heads", "kv_heads", "hidden")
-        shape = " ".join(f"--{name.replace('_', '-')} {getattr(theirs.config, name)}" for name in fields_)
+    if (
+        any(getattr(theirs.config, n) != getattr(model.config, n) for n in same)
+        or odd
+        or set(state) - set(ours)
+        or state[tables[0]].shape[1] != model.config.dim
+    ):
+        shape = " ".join(f"--{name.replace('_', '-')} {getattr(theirs.config, name)}" for name in same[:-1])
         raise UserError(f"{folder} is a Llama of another shape: give {shape}")
     rows = {piece.tobytes(): row for row, piece in enumerate(known.expansions)}
     places = [rows.get(piece.tobytes(), -1) for piece in tokens.expansions] + [known.start, known.end]
@@ -467,8 +482,11 @@ def open_run(out: Path, config: Config, tokens: Tokens) -> None:
             raise UserError(
                 f"{out} is another run ({changed}): choose another --out, or give back what it was started with"
             )
-    path.write_text(json.dumps(now, indent=1) + "\n")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    write_text(path, json.dumps(now, indent=1) + "\n")
+    for part in out.glob("step_*.part"):  # of a save that was killed
+        shutil.rmtree(part)
+    git = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["echo"]
+    git = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
     note = {
         "time": time.strftime("%F %T"),
         "command": sys.argv,
@@ -525,6 +543,12 @@ class Stop:
         return bool(add_up(torch.tensor(float(self.asked < math.inf), device=device)))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Written elsewhere, then renamed: a kill leaves the old text or the new."""
+    path.with_suffix(".part").write_text(text)
+    path.with_suffix(".part").replace(path)
+
+
 class Log:
     """OUT/log.jsonl; a run that continues takes back what was logged after its checkpoint."""
 
@@ -534,7 +558,7 @@ class Log:
         whole = (json.loads(line) for line in lines if line.endswith("}"))  # the last may have been cut by a kill
         self.records = [record for record in whole if record["step"] <= step]
         if rank() == 0:
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def write(self, record: dict) -> None:
         self.records.append(record)
@@ -548,10 +572,11 @@ def show(model: Llama, tokens: Tokens, out: Path, step: int, config: Config, log
     model.eval()
     begun = [np.array([tokens.start])] * config.samples
     free = 1 + tokens.grammar.rest(0, tokens.grammar.first) > config.context  # then no whole picture fits
-    written = []
-    for first in range(0, config.samples, 64):
-        seeds = [(config.seed, i) for i in range(first, min(first + 64, config.samples))]
-        written += generate(model, tokens, begun[first : first + 64], seeds, free=bool(free))
+    written, row = [], 8 * config.layers * config.kv_heads * config.dim // config.heads * config.context
+    rows = max(1, min(64, (4 << 30) // row))  # at once, such that keys and values fill no more than 4 GB
+    for first in range(0, config.samples, rows):
+        seeds = [(config.seed, i) for i in range(first, min(first + rows, config.samples))]
+        written += generate(model, tokens, begun[first : first + rows], seeds, free=bool(free))
     model.train()
     if rank() == 0:
         (out / "grids").mkdir(exist_ok=True)
@@ -624,8 +649,9 @@ def plan(config: Config) -> str:
     """What a run takes, without allocating any of it: parameters, FLOPs, bytes a GPU, days.
 
     Kept in float32 and split over the GPUs: weights, gradients, two moments.  Whole on each GPU in bf16: the tables of
-    tokens, and two blocks, one at work and one on its way, with the gradients of one.  Activations in bf16: see
-    `activations`.
+    tokens, and two blocks, one at work and one on its way, with the gradients of one.  While gradients of more than
+    one pass are added up, they are whole and in float32, for then they are exchanged but once.  Activations in bf16:
+    see `activations`.
     """
     with torch.device("meta"):
         model = Llama(config)
@@ -645,7 +671,8 @@ def plan(config: Config) -> str:
     alive = activations(config, 2)
     for gpus in (1, 8, 64, 256):
         kept = 4 * parameters / gpus
-        whole = 2 * tables + 2 * 2 * block + 4 * block
+        passes = -(-config.batch // (gpus * config.micro))
+        whole = 2 * tables + 2 * 2 * block + 4 * (parameters if passes > 1 else block)
         days = PAPER_TOKENS * flops / (PLANNED * 989e12 * gpus) / 86_400
         gb = [value / 1e9 for value in (kept, kept, 2 * kept, alive, whole, 4 * kept + alive + whole)]
         cells = (f"{gpus}", *(f"{value:,.2f}" for value in gb), f"{days:,.1f}")
@@ -711,7 +738,10 @@ def sync(path: Path) -> None:
 
 def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, say) -> int:
     """Continue from the newest undamaged checkpoint, if there is one, and return its step."""
-    path = newest(out, say)
+    found = [newest(out, say) if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    path = found[0]
     if path is None:
         return 0
     weights, moments = get_state_dict(model, optimizer)
@@ -732,7 +762,7 @@ def start() -> torch.device:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # large checkpoints take a while
     elif kind == "cuda":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device

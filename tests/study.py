@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from codec import Flags, run
+from codec import Flags, UserError, run
 from sample import checkpoints, generate, load_checkpoint
 from train import draw_curves
 
@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of each run (default: 500)")
     parser.add_argument("--count", type=int, default=128, help="files (default: 128)")
     flags = parser.parse(None)
+    if flags.study == "positions" and not flags.data or flags.study == "validity" and not checkpoints(flags.out):
+        raise UserError("positions needs --data and data folders, validity a run folder with checkpoints")
     if flags.study == "positions":
         positions(flags.out, flags.data, flags.steps)
     else:

@@ -48,6 +48,8 @@ def wait_for(out: Path, step: int, process: subprocess.Popen) -> None:
 
 def running(folder: Path) -> list[int]:
     """The processes whose command line names a folder."""
+    if not Path("/proc").exists():
+        pytest.skip("no /proc to look for processes in")
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
