@@ -356,8 +356,18 @@ class Grammar:
         return self.syntax[state % size] + self.places[state // size]
 
     def walk(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The states (B, T) after every token of documents that begin with a start, and whether it was allowed."""
-        states, allowed = np.full(tokens.shape, self.first, np.int64), np.ones(tokens.shape, bool)
+        """The states (B, T) after every token of documents that begin with a start, and whether it was allowed.
+
+        What is allowed is judged at once at the end; only where something is not, each step is taken by `advance`.
+        """
+        entries, allowed = np.full(tokens.shape, self.first, np.int32), np.ones(tokens.shape, bool)
+        for t in range(1, tokens.shape[1]):
+            entries[:, t] = self.table[entries[:, t - 1] & LOCAL, tokens[:, t]]
+        mcus = (entries >> 20 & 63).cumsum(1, dtype=np.int64)
+        states = mcus * len(self.table) + (entries & LOCAL)
+        allowed[:, 1:] = self.judge(entries[:, 1:], mcus[:, :-1], 1 << 30)
+        if allowed.all():
+            return states, allowed
         for t in range(1, tokens.shape[1]):
             states[:, t], allowed[:, t] = self.advance(states[:, t - 1], tokens[:, t])
         return states, allowed

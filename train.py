@@ -181,7 +181,8 @@ class Stream:
         ]
         numbers = np.unique(np.concatenate(spans))
         begins, lengths = self.documents[numbers], np.diff(self.documents)[numbers]
-        padded = np.zeros((len(numbers), lengths.max()), np.int64)
+        end = self.grammar.table.shape[1] - 1  # after the end, it may be said again
+        padded = np.full((len(numbers), lengths.max()), end, np.int64)
         for row, begin, length in zip(padded, begins, lengths, strict=True):
             row[:length] = self.read(begin, length)
         rows = dict(zip(numbers.tolist(), self.grammar.walk(padded)[0], strict=True))
