@@ -133,9 +133,11 @@ def test_a_run_continues_on_another_number_of_processes(prepared, finished, tmp_
             text=True,
         )
         wait_for(tmp_path / "run", steps + 1, process)
-        for pid in running(tmp_path):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        while left := running(tmp_path):  # until the last has ended and let go of the folder
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.poll()
         process.wait()
         assert int(newest(tmp_path / "run").name[5:]) >= steps, process.stderr.read()
     train(config(prepared, tmp_path / "run"))
