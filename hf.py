@@ -149,6 +149,13 @@ def read_tokenizer(path: Path, codec: JPEG) -> tuple[Tokens, list[int]]:
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
+def settings(config: ModelConfig) -> dict[str, object]:
+    """The shape of a model in the words of transformers' configurations."""
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    theirs = {name: getattr(config, ours) for name, ours in NAMES.items()}
+    return {**theirs, "rope_parameters": rope, "tie_word_embeddings": False}
+
+
 def write(folder: Path, model: Llama, tokens: Tokens) -> None:
     """A folder that transformers loads to the same logits.  Errors: UserError, if the model is no plain Llama."""
     config = model.config
@@ -157,14 +164,11 @@ def write(folder: Path, model: Llama, tokens: Tokens) -> None:
             "transformers' Llama has no syntax positions and no QK-norm: train with --no-syntax --no-qk-norm"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    theirs = {name: getattr(config, ours) for name, ours in NAMES.items()}
-    theirs |= {
+    theirs = settings(config) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": False,
         "bos_token_id": tokens.start,
         "eos_token_id": tokens.end,
         "torch_dtype": "float32",

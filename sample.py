@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import hf
 from codec import Flags, Grammar, Tokens, UserError, differences, foreign_encoder, load_tokens, run
-from data.prepare import Item, Unusable, digest, read_file, read_square, walk
+from data.prepare import Item, Unusable, digest, read_file, read_square, walk, write_whole
 from model import Cache, Llama, ModelConfig
 
 # --- generation -----------------------------------------------------------------------------------------------------
@@ -222,14 +222,20 @@ def load_checkpoint(checkpoint: Path, device: torch.device) -> tuple[Llama, Toke
     return model, load_tokens(checkpoint)
 
 
-def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokens]:
-    """The newest checkpoint of a run, or a Llama folder of Hugging Face."""
+def locate(out: Path) -> Path:
+    """The newest checkpoint of a run, or the folder itself if it is a Llama folder of Hugging Face."""
     if not any(out.glob("step_*")) and (any(out.glob("*.safetensors")) or any(out.glob("pytorch_model*.bin"))):
-        return hf.read(out, device)
+        return out
     checkpoint = newest(out)
     if checkpoint is None:
         raise UserError(f"{out} holds no checkpoint: run `python train.py --out {out}` first")
-    return load_checkpoint(checkpoint, device)
+    return checkpoint
+
+
+def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
+    """The model and the tokens of a run or a Llama folder, and where they were."""
+    folder = locate(out)
+    return (*(hf.read if folder == out else load_checkpoint)(folder, device), folder)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -279,9 +285,7 @@ def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray],
                 if wrong := tokens.codec.check(symbols):
                     with open(folder / "invalid.txt", "a") as file:
                         file.write(f"{paths[i].name}\t{wrong}\n")
-                temporary = paths[i].with_suffix(".part")
-                temporary.write_bytes(tokens.codec.file(symbols))
-                temporary.replace(paths[i])
+                write_whole(paths[i], tokens.codec.file(symbols))
                 bar.update()
     grid([np.asarray(Image.open(path)) for path in paths[:64]]).save(folder / "grid.png")
     invalid = (folder / "invalid.txt").read_text().splitlines() if (folder / "invalid.txt").exists() else []
@@ -321,15 +325,15 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokens = read_run(flags.run, device)
+    model, tokens, source = read_run(flags.run, device)
     if not flags.free and not tokens.grammar.shortest:
         print(f"note: the grammar does not cover {tokens.codec}, so that files may be invalid, as with --free")
     settings = {name: getattr(flags, name) for name in ("seed", "temperature", "top_k", "top_p", "length", "free")}
-    settings |= {"checkpoint": str(newest(flags.run) or flags.run), "codec": asdict(tokens.codec)}
+    settings |= {"checkpoint": str(source), "codec": asdict(tokens.codec)}
     if flags.prompt is None:
         jobs = {flags.to or flags.run / "samples": [np.empty(0, tokens.dtype)] * (flags.count or 64)}
     else:
-        if warning := foreign_encoder(newest(flags.run) or flags.run, tokens.codec):
+        if warning := foreign_encoder(source, tokens.codec):
             print(f"warning: {warning}")
         to = flags.to or flags.run / "completions"
         pictures = read_prompts(flags.prompt, tokens, to)

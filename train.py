@@ -45,7 +45,7 @@ from tqdm import tqdm
 import data.shapes
 import hf
 from codec import Flags, Grammar, Tokens, UserError, describe, differences, load_tokens, run
-from data.prepare import digest
+from data.prepare import digest, write_whole
 from model import Llama, ModelConfig, fill
 from sample import cause, checkpoints, generate, grid, newest, on, read_run, read_state
 
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.plan:
         print(plan(config))
     elif flags.export or flags.hf:
-        model, tokens = read_run(Path(config.out), torch.device("cpu"))
+        model, tokens, _ = read_run(Path(config.out), torch.device("cpu"))
         if flags.hf:
             hf.write(flags.hf, model, tokens)
         if flags.export:
@@ -347,16 +347,16 @@ def loop(config: Config, device: torch.device, stop: "Stop") -> None:
     model = build_model(config, device)
     if config.syntax and not tokens.grammar.positions:
         say(f"note: {tokens.codec} has no syntax positions, so --syntax changes nothing")
-    if config.init and newest(out, say) is None:
-        begin_from(model, tokens, Path(config.init), say)
     optimizer = build_optimizer(model, config)
     if rank() == 0:
         open_run(out, config, tokens)
     barrier()
     step = load_checkpoint(out, model, optimizer, say)
+    if config.init and not step:
+        begin_from(model, tokens, Path(config.init), say)
     log = Log(out, step)
     parameters = sum(weight.numel() for weight in model.parameters())
-    flops = 6 * parameters + 12 * config.layers * config.dim * config.context  # a token, as torchtitan counts them
+    flops = flops_of(config, parameters)
     peak = peak_flops(device) * world()
     bytes_per_token = streams["train"].symbols / total
     epochs = config.steps * config.batch / len(rows)
@@ -483,7 +483,7 @@ def open_run(out: Path, config: Config, tokens: Tokens) -> None:
             raise UserError(
                 f"{out} is another run ({changed}): choose another --out, or give back what it was started with"
             )
-    write_text(path, json.dumps(now, indent=1) + "\n")
+    write_whole(path, json.dumps(now, indent=1).encode() + b"\n")
     for part in out.glob("step_*.part"):  # of a save that was killed
         shutil.rmtree(part)
     git = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["echo"]
@@ -544,12 +544,6 @@ class Stop:
         return bool(add_up(torch.tensor(float(self.asked < math.inf), device=device)))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Written elsewhere, then renamed: a kill leaves the old text or the new."""
-    path.with_suffix(".part").write_text(text)
-    path.with_suffix(".part").replace(path)
-
-
 class Log:
     """OUT/log.jsonl; a run that continues takes back what was logged after its checkpoint."""
 
@@ -559,7 +553,7 @@ class Log:
         whole = (json.loads(line) for line in lines if line.endswith("}"))  # the last may have been cut by a kill
         self.records = [record for record in whole if record["step"] <= step]
         if rank() == 0:
-            write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
+            write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records).encode())
 
     def write(self, record: dict) -> None:
         self.records.append(record)
@@ -622,12 +616,19 @@ def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str) -> Ima
     return image
 
 
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, FLOP/s
+
+
+def flops_of(config: Config, parameters: int) -> int:
+    """Floating-point operations of training on one token, as torchtitan counts them."""
+    return 6 * parameters + 12 * config.layers * config.dim * config.context
+
+
 def peak_flops(device: torch.device) -> float:
     """The chip's dense bf16 peak where it is known; else what a large float32 matrix product reaches here, FLOP/s."""
     if device.type == "cuda":
-        known = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
         name = torch.cuda.get_device_name(device)
-        if peak := next((peak for chip, peak in known.items() if chip in name), None):
+        if peak := next((peak for chip, peak in PEAKS.items() if chip in name), None):
             return peak
     a = torch.randn(1024, 1024, device=device)
     times = []
@@ -659,13 +660,14 @@ def plan(config: Config) -> str:
     parameters = sum(weight.numel() for weight in model.parameters())
     block = sum(weight.numel() for weight in model.layers[0].parameters())
     tables = parameters - config.layers * block
-    flops = 6 * parameters + 12 * config.layers * config.dim * config.context
+    flops = flops_of(config, parameters)
     step = config.batch * config.context
     columns = ("GPUs", "weights", "gradients", "moments", "activations", "whole", "in all", "days")
     lines = [
         f"{parameters:,} parameters; {flops / 1e9:.1f} GFLOP a token (6 N + 12 layers dim context)",
         f"a step: {config.batch} rows of {config.context:,}, {step:,} tokens; {config.steps:,} steps, "
-        f"{config.steps * step / 1e9:.3g} billion tokens; {PAPER_TOKENS / step:,.0f} steps to the paper's 228 billion",
+        f"{config.steps * step / 1e9:.3g} billion tokens; "
+        f"{PAPER_TOKENS / step:,.0f} steps to the paper's {PAPER_TOKENS / 1e9:.0f} billion",
         f"GB a GPU, {config.micro} rows a pass; days to the paper's tokens at {PLANNED:.0%} of an H100's peak each",
         " ".join(f"{name:>11}" for name in columns),
     ]
@@ -674,7 +676,7 @@ def plan(config: Config) -> str:
         kept = 4 * parameters / gpus
         passes = -(-config.batch // (gpus * config.micro))
         whole = 2 * tables + 2 * 2 * block + 4 * (parameters if passes > 1 else block)
-        days = PAPER_TOKENS * flops / (PLANNED * 989e12 * gpus) / 86_400
+        days = PAPER_TOKENS * flops / (PLANNED * PEAKS["H100"] * gpus) / 86_400
         gb = [value / 1e9 for value in (kept, kept, 2 * kept, alive, whole, 4 * kept + alive + whole)]
         cells = (f"{gpus}", *(f"{value:,.2f}" for value in gb), f"{days:,.1f}")
         lines.append(" ".join(f"{cell:>11}" for cell in cells))

@@ -217,9 +217,8 @@ def encode_part(
             file.writelines(document.tobytes() for document in documents)
             bar.update(len(documents) + len(lines))
     np.save(path.with_suffix(".lengths.npy"), np.array(lengths, np.uint32))
-    temporary = path.with_suffix(".part")
-    temporary.write_text("".join(skipped), encoding="utf-8", errors="surrogateescape")
-    os.replace(temporary, path.with_suffix(".skipped"))  # the part is whole when this is there
+    lines = "".join(skipped).encode("utf-8", "surrogateescape")
+    write_whole(path.with_suffix(".skipped"), lines)  # the part is whole when this is there
 
 
 def read_documents(path: Path, dtype: type, which: slice = slice(None)) -> list[np.ndarray]:
@@ -344,6 +343,13 @@ def digest(*paths: Path) -> str:
             while piece := file.read(1 << 20):
                 sha.update(piece)
     return sha.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Written elsewhere, then renamed: a kill leaves what was there before, or all of this."""
+    temporary = path.with_suffix(".part")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def cores() -> int:

@@ -28,9 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import fid as fid_py  # the function below has the short name
+import hf
 import sample
 import train
 from codec import JPEG, learn_pairs, no_grammar
@@ -73,7 +74,7 @@ def emit(name: str, medians: dict[str, float], unit: str, ratio: float | None = 
 
 # --- FID --------------------------------------------------------------------------------------------------------------
 
-library = None  # where missing operators are defined; they vanish with it
+operators = None  # where missing ones are defined; they vanish with it
 
 
 def published_inception(state: dict[str, Tensor], dims: int) -> nn.Module:
@@ -82,13 +83,13 @@ def published_inception(state: dict[str, Tensor], dims: int) -> nn.Module:
     Only the pure Python of torchvision is used, so a build that does not match torch will do once the two operators
     that it names while loading are defined.
     """
-    global library
+    global operators
     try:
         import torchvision  # noqa: F401
     except RuntimeError:  # operator torchvision::nms does not exist
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        operators = library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import pytorch_fid.inception as published
 
     published.load_state_dict_from_url = lambda *_, **__: state
@@ -192,17 +193,7 @@ def training() -> None:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        theirs = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=320,
-                hidden_size=192,
-                intermediate_size=512,
-                num_hidden_layers=4,
-                num_attention_heads=6,
-                max_position_embeddings=512,
-                attn_implementation="sdpa",
-            )
-        )
+        theirs = LlamaForCausalLM(LlamaConfig(**hf.settings(config), attn_implementation="sdpa"))
         optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         x = torch.randint(0, 320, (16, 512))
 

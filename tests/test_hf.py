@@ -55,11 +55,11 @@ def test_transformers_loads_what_is_written_to_the_same_logits(plain, tmp_path):
     result = command("train.py", "--out", plain, "--hf", tmp_path / "hf", "--export", tmp_path / "weights.pt")
     assert result.returncode == 0, result.stderr
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    ours, tokens = read_run(plain, torch.device("cpu"))
+    ours, tokens, _ = read_run(plain, torch.device("cpu"))
     x = torch.randint(0, tokens.vocab, (2, 200), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x).logits, rtol=1e-4, atol=1e-5)
-    back, known = read_run(tmp_path / "hf", torch.device("cpu"))
+    back, known, _ = read_run(tmp_path / "hf", torch.device("cpu"))
     assert known == tokens
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters(), strict=True))
     single = torch.load(tmp_path / "weights.pt", weights_only=True)
@@ -71,7 +71,7 @@ def test_transformers_loads_what_is_written_to_the_same_logits(plain, tmp_path):
 def test_a_published_folder_gives_the_logits_of_transformers(published):
     assert len(list(published.glob("*.safetensors"))) > 2
     theirs = transformers.LlamaForCausalLM.from_pretrained(published, torch_dtype=torch.float32).eval()
-    ours, tokens = read_run(published, torch.device("cpu"))
+    ours, tokens, _ = read_run(published, torch.device("cpu"))
     assert (ours.config.heads, ours.config.context, tokens.codec) == (32, 65_536, JPEG(size=256, header=True))
     _, order = hf.read_tokenizer(published / "tokenizer.model", tokens.codec)
     assert len(set(order)) == len(order) == tokens.vocab == 319  # all but the unknown
@@ -97,7 +97,7 @@ def test_pairs_are_those_of_sentencepiece(published):
 
 
 def test_bin_weights_and_tied_heads_are_read(tmp_path, plain):
-    ours, tokens = read_run(plain, torch.device("cpu"))
+    ours, tokens, _ = read_run(plain, torch.device("cpu"))
     hf.write(tmp_path, ours, tokens)
     state = hf.read_safetensors(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -105,17 +105,17 @@ def test_bin_weights_and_tied_heads_are_read(tmp_path, plain):
     half = len(state) // 2
     for i, names in enumerate((list(state)[:half], list(state)[half:])):
         torch.save({name: state[name] for name in names}, tmp_path / f"pytorch_model-0000{i}.bin")
-    back, _ = read_run(tmp_path, torch.device("cpu"))
+    back, _, _ = read_run(tmp_path, torch.device("cpu"))
     assert torch.equal(back.lm_head.weight, back.embed_tokens.weight)
     assert torch.equal(back.embed_tokens.weight, ours.embed_tokens.weight)
 
 
 def test_training_begins_with_given_weights(plain, prepared, tmp_path):
-    ours, tokens = read_run(plain, torch.device("cpu"))
+    ours, tokens, _ = read_run(plain, torch.device("cpu"))
     hf.write(tmp_path / "hf", ours, tokens)
     settings = ["--no-syntax", "--steps", "4", "--lr", "1e-9", "--init", str(tmp_path / "hf")]
     train(config(prepared, tmp_path / "run", *settings))
-    begun, _ = read_run(tmp_path / "run", torch.device("cpu"))
+    begun, _, _ = read_run(tmp_path / "run", torch.device("cpu"))
     for a, b in zip(ours.parameters(), begun.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
     with pytest.raises(UserError, match="another shape: give --dim 32 --layers 2 --heads 2"):
@@ -128,7 +128,7 @@ def test_published_folders_write_files_and_continue_to_train(published, prepared
     sizes = {"dim": 256, "layers": 2, "heads": 32, "kv-heads": 32, "hidden": 352, "steps": 2, "every": 2}
     shape = ["--no-syntax", *(f"--{name}={value}" for name, value in sizes.items())]
     train(config(prepared, tmp_path / "run", *shape, "--init", str(published)))
-    begun, known = read_run(tmp_path / "run", torch.device("cpu"))
+    begun, known, _ = read_run(tmp_path / "run", torch.device("cpu"))
     theirs = {piece.tobytes(): row for row, piece in enumerate(tokens.expansions)}
     for row, piece in enumerate(known.expansions):
         if piece.tobytes() in theirs:
@@ -138,8 +138,8 @@ def test_published_folders_write_files_and_continue_to_train(published, prepared
 
 def test_what_is_no_plain_llama_is_refused(plain, finished, tmp_path):
     with pytest.raises(UserError, match="no syntax positions"):
-        hf.write(tmp_path / "told", *read_run(finished, torch.device("cpu")))
-    model, tokens = read_run(plain, torch.device("cpu"))
+        hf.write(tmp_path / "told", *read_run(finished, torch.device("cpu"))[:2])
+    model, tokens, _ = read_run(plain, torch.device("cpu"))
     hf.write(tmp_path, model, tokens)
     theirs = json.loads((tmp_path / "config.json").read_text())
     for change, message in (

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import hf
 from codec import JPEG, Tokens
 from model import Cache, Llama, ModelConfig
 from sample import choose, generate, grid
@@ -18,55 +19,29 @@ def small(kv_heads: int = 4, **changes) -> Llama:
     return model.eval()
 
 
+def assert_logits_equal(model: Llama, reference: torch.nn.Module) -> None:
+    """Our weights fit theirs by name, and give the same logits."""
+    weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
+    reference.eval().load_state_dict(weights)  # strict: the names are the same
+    tokens = torch.randint(0, 300, (3, 96), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 def test_logits_equal_transformers_llama(kv_heads, theta):
     transformers = pytest.importorskip("transformers")
     model = small(kv_heads, rope_theta=theta)
-    reference = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=300,
-            hidden_size=48,
-            intermediate_size=112,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=96,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": theta},
-            tie_word_embeddings=False,
-        )
-    ).eval()
-    weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
-    reference.load_state_dict(weights)  # strict: the names are the same
-    tokens = torch.randint(0, 300, (3, 96), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=1e-4, atol=1e-5)
+    theirs = transformers.LlamaConfig(**hf.settings(model.config))
+    assert_logits_equal(model, transformers.LlamaForCausalLM(theirs))
 
 
 def test_qk_norm_is_that_of_qwen3():
     transformers = pytest.importorskip("transformers")
     model = small(2, qk_norm=True)
-    reference = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=300,
-            hidden_size=48,
-            intermediate_size=112,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=12,
-            max_position_embeddings=96,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-            tie_word_embeddings=False,
-        )
-    ).eval()
-    weights = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in model.state_dict().items()}
-    reference.load_state_dict(weights)
-    tokens = torch.randint(0, 300, (3, 96), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=1e-4, atol=1e-5)
+    theirs = transformers.Qwen3Config(**hf.settings(model.config), head_dim=12)
+    assert_logits_equal(model, transformers.Qwen3ForCausalLM(theirs))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
