@@ -98,12 +98,16 @@ for trial in range(50):
         while True:
             step += 1
             train.save_checkpoint(out, model, optimizer, step, config, print)
-    deadline = time.time() + 60
-    while time.time() < deadline and (newest(out, str) is None or int(newest(out, str).name[5:]) <= last):
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.1))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    deadline, step = time.time() + 60, last
+    try:
+        while time.time() < deadline and step <= last:
+            time.sleep(0.01)
+            path = newest(out, str)
+            step = int(path.name[5:]) if path else last
+        time.sleep(random.uniform(0, 0.1))
+    finally:  # whatever happens, no child is left behind
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     step = int(newest(out, str).name[5:])
     lost += step <= last
     last = step
