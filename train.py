@@ -256,8 +256,10 @@ def backward(
         x, where, y = batch_of(stream, rows[at : at + micro], config.context, config.syntax, device)
         sync_gradients(model, at + micro == len(rows))  # add gradients up here, exchange them once
         logits, part = model(x, where), micro / len(rows)
-        mean = cross_entropy(logits, y) * part
-        (mean + config.z_loss * part * logits.float().logsumexp(-1).square().mean()).backward()
+        mean = objective = cross_entropy(logits, y) * part
+        if config.z_loss:
+            objective = mean + config.z_loss * part * logits.float().logsumexp(-1).square().mean()
+        objective.backward()
         loss += mean.detach()
     return loss
 
