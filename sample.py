@@ -32,6 +32,8 @@ from codec import Flags, Grammar, Tokens, UserError, differences, foreign_encode
 from data.prepare import Item, Unusable, digest, read_file, read_square, walk, write_whole
 from model import Cache, Llama, ModelConfig
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that one process saves or reads alone is meant
+
 # --- generation -----------------------------------------------------------------------------------------------------
 
 
@@ -139,13 +141,13 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((path for path in out.glob("step_*") if path.suffix != ".part"), reverse=True)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """None if every file is as it was written, else the name of the first that is not."""
+def damage(checkpoint: Path, share: slice = slice(None)) -> str | None:
+    """None if every file, or every one of a share, is as it was written, else the name of the first that is not."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
     except (OSError, ValueError):
         return "manifest.json"
-    for name, sha in manifest.items():
+    for name, sha in sorted(manifest.items())[share]:
         try:
             whole = digest(checkpoint / name) == sha
         except OSError:  # it is not there, or a training that goes on removes it just now
@@ -155,10 +157,10 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def newest(out: Path, say=print) -> Path | None:
+def newest(out: Path, say=print, judge=damage) -> Path | None:
     """The newest undamaged checkpoint of a run; what is passed over is named."""
     for checkpoint in checkpoints(out):
-        name = damage(checkpoint)
+        name = judge(checkpoint)
         if name is None:
             return checkpoint
         say(f"{checkpoint} is damaged ({name} is not as it was written): using the one before")
@@ -200,9 +202,7 @@ def read_state(state: dict, checkpoint: Path) -> None:
     try:
         with open(checkpoint / ".metadata", "rb") as file:
             Metadata(file).load()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one process reads alone is meant
-            dcp.load(state, checkpoint_id=checkpoint, planner=Planner())
+        dcp.load(state, checkpoint_id=checkpoint, planner=Planner())
     except (pickle.UnpicklingError, CheckpointException) as error:
         raise UserError(f"{checkpoint} holds what no checkpoint of ours does ({cause(error)}): do not use it") from None
 

@@ -20,8 +20,8 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -47,7 +47,7 @@ import hf
 from codec import Flags, Grammar, Tokens, UserError, describe, differences, load_tokens, run
 from data.prepare import digest, write_whole
 from model import Llama, ModelConfig, fill
-from sample import cause, checkpoints, generate, grid, newest, on, read_run, read_state
+from sample import cause, checkpoints, damage, generate, grid, newest, on, read_run, read_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,7 @@ class Config(ModelConfig):
     recompute: bool = False  # redo each block's forward pass in the backward pass, to save memory
 
 
+PATIENCE = timedelta(hours=1)  # of a process for the others: large checkpoints take a while
 PAPER_TOKENS, PLANNED = 228e9, 0.4  # tokens of the paper's training; share of the chips' peak that --plan counts on
 TOLD = partial(Config, syntax=True)
 PAPER = partial(
@@ -319,8 +320,8 @@ def train(config: Config) -> None:
         if config.data == Config.data and rank() == 0 and not Path(config.data, "report.json").exists():
             data.shapes.make(Path(config.data))
         barrier()
-        with claim(Path(config.out)), Stop() as stop:
-            loop(config, device, stop)
+        with claim(Path(config.out)), Stop() as stop, Saver(Path(config.out)) as saver:
+            loop(config, device, stop, saver)
     finally:
         if dist.is_initialized() and world() == 1:  # after an error, others may wait for this one
             dist.destroy_process_group()
@@ -328,7 +329,7 @@ def train(config: Config) -> None:
         dist.destroy_process_group()
 
 
-def loop(config: Config, device: torch.device, stop: "Stop") -> None:
+def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> None:
     out = Path(config.out)
     say = tqdm.write if rank() == 0 else lambda *_, **__: None
     tokens = load_tokens(Path(config.data))
@@ -415,8 +416,9 @@ def loop(config: Config, device: torch.device, stop: "Stop") -> None:
                 show(model, tokens, out, step, config, log)
             started += time.perf_counter() - pause
         if due or stopping:
-            save_checkpoint(out, model, optimizer, step, config, say)
+            saver.save(model, optimizer, step, config)
     bar.close()
+    saver.wait()
     if step < config.steps:
         say(f"stopped and saved at step {step}: the same command continues")
     else:
@@ -702,35 +704,58 @@ def activations(config: Config, size: int) -> int:
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int, config: Config, say) -> None:
-    """Write OUT/step_N.  It is written elsewhere, then synced, then renamed: under its name it is whole or not
-    there."""
-    path, part = out / f"step_{step:08d}", out / f"step_{step:08d}.part"
-    weights, moments = get_state_dict(model, optimizer)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one process saves alone is meant
-            dcp.save({"model": weights, "optimizer": moments, "step": step}, checkpoint_id=part)
-        if rank() == 0:
-            shutil.copy(out / "codec.json", part)
-            (part / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-            files = sorted(part.iterdir())
-            manifest = {file.name: digest(file) for file in files}
-            (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            for file in (*files, part / "manifest.json", part):
-                sync(file)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(part, path)
-            sync(out)
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(
-            f"could not save {path} ({cause(error)}): make room and continue from the one before, which is whole"
-        ) from None
-    barrier()
-    if rank() == 0:
-        for old in checkpoints(out)[config.keep :]:
-            shutil.rmtree(old)
+class Saver:
+    """Writes OUT/step_N while training goes on: the state is copied to the CPU's memory, and a thread takes it from
+    there.  It is written elsewhere, then synced, then renamed: under its name a checkpoint is whole or not there."""
+
+    def __init__(self, out: Path):
+        self.out, self.thread, self.pending = out, ThreadPoolExecutor(1), None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None  # the thread's
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def save(self, model: Llama, optimizer: torch.optim.Optimizer, step: int, config: Config) -> None:
+        """Begin to write, when the checkpoint before is there."""
+        self.wait()
+        weights, moments = get_state_dict(model, optimizer)
+        state, part = {"model": weights, "optimizer": moments, "step": step}, self.out / f"step_{step:08d}.part"
+        written = dcp.async_save(state, checkpoint_id=part, process_group=self.group)
+        self.pending = self.thread.submit(self.commit, written, part, config)
+
+    def commit(self, written: Future, part: Path, config: Config) -> None:
+        """What is left to do when the tensors are written: each process hashes its files, the first adds the rest."""
+        path = part.with_suffix("")
+        try:
+            written.result()
+            manifests = gather({file.name: digest(file) for file in part.glob(f"__{rank()}_*")}, self.group)
+            if rank() == 0:
+                shutil.copy(self.out / "codec.json", part)
+                (part / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+                manifest = {name: sha for each in manifests for name, sha in each.items()}
+                manifest |= {file.name: digest(file) for file in part.iterdir() if file.name not in manifest}
+                (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+                for file in (*part.iterdir(), part):
+                    sync(file)
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(part, path)
+                sync(self.out)
+                for old in checkpoints(self.out)[config.keep :]:
+                    shutil.rmtree(old)
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise UserError(
+                f"could not save {path} ({cause(error)}): make room and continue from the one before, which is whole"
+            ) from None
+
+    def wait(self) -> None:
+        """Until the last checkpoint is there.  Errors: UserError where it could not be written."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
 
 
 def sync(path: Path) -> None:
@@ -743,10 +768,11 @@ def sync(path: Path) -> None:
 
 def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, say) -> int:
     """Continue from the newest undamaged checkpoint, if there is one, and return its step."""
-    found = [newest(out, say) if rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    path = found[0]
+
+    def damage_anywhere(checkpoint: Path) -> str | None:  # each process reads its share of the files
+        return next(filter(None, gather(damage(checkpoint, slice(rank(), None, world())))), None)
+
+    path = newest(out, say, damage_anywhere)
     if path is None:
         return 0
     weights, moments = get_state_dict(model, optimizer)
@@ -767,7 +793,7 @@ def start() -> torch.device:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(hours=1))  # large checkpoints take a while
+        dist.init_process_group(backend, timeout=PATIENCE)
     elif kind == "cuda":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
@@ -784,6 +810,14 @@ def world() -> int:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """What each process has, in their order."""
+    values = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def add_up(value: Tensor) -> Tensor:
