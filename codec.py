@@ -299,7 +299,7 @@ def scan_automaton(subsampling: str):
 LOCAL, ANY, NEVER = 0xFFFFF, 8 << 26, 15 << 26  # parts of an entry of Grammar.table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grammar:
     """A finite automaton that reads a file token by token and knows, before each, what may follow and where it stands.
 

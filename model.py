@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,8 @@ class Block(nn.Module):
 def fill(weight: Tensor, whole: Tensor) -> None:
     """Write a whole matrix into a weight, or this process's part of it if the weight is sharded."""
     if isinstance(weight, DTensor):
-        whole = distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+        same = DTensor.from_local(whole.to(weight.device), weight.device_mesh, [Replicate()], run_check=False)
+        whole = same.redistribute(placements=weight.placements)  # each process cuts its part out, without a word
     weight.copy_(whole)
 
 

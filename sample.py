@@ -12,9 +12,11 @@ valid files.
 import io
 import json
 import math
+import os
 import pickle
 import warnings
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,7 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     return tokens.gather(-1, place.clamp(max=(probability > 0).sum(-1, keepdim=True) - 1))[:, 0]
 
 
+@lru_cache(2)
 def on(device: torch.device, grammar: Grammar) -> Grammar:
     """The grammar with its tables on a device."""
     tables = {name: getattr(grammar, name) for name in ("table", "away", "syntax", "places")}
@@ -131,6 +134,21 @@ def grid(pictures: list[np.ndarray], columns: int | None = None) -> Image.Image:
         sheet[top : top + height, left : left + width] = picture
     image, scale = Image.fromarray(sheet), max(1, 512 // sheet.shape[1])
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+
+def best_device() -> torch.device:
+    """This process's GPU where there is one, else a Mac's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """What to compute in: bf16 where a GPU has it, else float32, which most CPUs are faster in."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 # --- a run folder ---------------------------------------------------------------------------------------------------
@@ -328,8 +346,9 @@ def main(arguments: list[str] | None = None) -> None:
             "at least 1"
         )
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     model, tokens, source = read_run(flags.run, device)
+    model.to(precision(device))
     if not flags.free and not tokens.grammar.shortest:
         print(f"note: the grammar does not cover {tokens.codec}, so that files may be invalid, as with --free")
     settings = {name: getattr(flags, name) for name in ("seed", "temperature", "top_k", "top_p", "length", "free")}

@@ -47,7 +47,7 @@ import hf
 from codec import Flags, Grammar, Tokens, UserError, describe, differences, load_tokens, run
 from data.prepare import digest, write_whole
 from model import Llama, ModelConfig, fill
-from sample import cause, checkpoints, damage, generate, grid, newest, on, read_run, read_state
+from sample import best_device, cause, checkpoints, damage, generate, grid, newest, on, precision, read_run, read_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,9 @@ class Config(ModelConfig):
     z_loss: float = 0.0  # times the squared logarithm of the softmax's denominator: keeps logits from drifting
     compile: bool = False  # torch.compile every block: faster, but needs a C++ compiler
     recompute: bool = False  # redo each block's forward pass in the backward pass, to save memory
+    sync_each_pass: bool = (
+        False  # exchange gradients after each pass, not each step: holds them sharded, to save memory
+    )
 
 
 PATIENCE = timedelta(hours=1)  # of a process for the others: large checkpoints take a while
@@ -94,8 +97,8 @@ CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning
     "base":  TOLD(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, steps=20_000, every=1000),
     "1b":    PAPER(dim=2048, layers=16, heads=32, kv_heads=8, hidden=8192),
     "7b":    PAPER(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),
-    "13b":   PAPER(dim=5120, layers=40, heads=40, kv_heads=40, hidden=13_824),
-    "70b":   PAPER(dim=8192, layers=80, heads=64, kv_heads=8, hidden=28_672),
+    "13b":   PAPER(dim=5120, layers=40, heads=40, kv_heads=40, hidden=13_824, sync_each_pass=True),
+    "70b":   PAPER(dim=8192, layers=80, heads=64, kv_heads=8, hidden=28_672, sync_each_pass=True),
 }  # fmt: skip
 
 
@@ -255,7 +258,7 @@ def backward(
     loss = torch.zeros((), device=device)
     for at in range(0, len(rows), micro):
         x, where, y = batch_of(stream, rows[at : at + micro], config.context, config.syntax, device)
-        sync_gradients(model, at + micro == len(rows))  # add gradients up here, exchange them once
+        sync_gradients(model, config.sync_each_pass or at + micro == len(rows))  # else add them up here, exchange once
         logits, part = model(x, where), micro / len(rows)
         mean = objective = cross_entropy(logits, y) * part
         if config.z_loss:
@@ -279,7 +282,7 @@ def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device)
         count = max(1, tokens_at_once // (pieces[0][1] - pieces[0][0]))
         batches.append(pieces[:count])
         pieces = pieces[count:]
-    total, grammar = torch.zeros(2, dtype=torch.float64, device=device), on(device, stream.grammar)
+    found, grammar = [], on(device, stream.grammar)
     rounds = -(-len(batches) // world())  # as many for each process, for sharded weights need all of them
     for i in range(rank(), rounds * world(), world()):
         batch = batches[i % len(batches)]
@@ -292,8 +295,8 @@ def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device)
         logits = model(tokens[:, :-1].clamp(min=0), grammar.position(states))
         masked = logits.masked_fill(~grammar.legal(states), -math.inf)
         losses = torch.stack([cross_entropy(part, tokens[:, 1:], "sum") for part in (logits, masked)])
-        total += losses if i < len(batches) else 0
-    plain, legal = (add_up(total) / math.log(2)).tolist()
+        found.append(losses * (i < len(batches)))
+    plain, legal = (add_up(torch.stack(found).cpu().double().sum(0)) / math.log(2)).tolist()
     model.train()
     documents = len(stream.documents) - 1
     return {
@@ -479,7 +482,8 @@ def open_run(out: Path, config: Config, tokens: Tokens) -> None:
         json.loads(json.dumps({**asdict(config), "codec": asdict(tokens.codec), "vocabulary": tokens.hash})),
     )
     if path.exists():
-        free = {"out", "log_every", "every", "samples", "keep", "micro", "compile", "recompute"}  # may change meanwhile
+        free = {"out", "log_every", "every", "samples", "keep"}  # these may change meanwhile
+        free |= {"micro", "compile", "recompute", "sync_each_pass"}
         before = json.loads(path.read_text())
         if changed := differences(
             *({k: v for k, v in settings.items() if k not in free} for settings in (before, now))
@@ -652,39 +656,44 @@ def memory(device: torch.device) -> float:
 
 
 def plan(config: Config) -> str:
-    """What a run takes, without allocating any of it: parameters, FLOPs, bytes a GPU, days.
-
-    Kept in float32 and split over the GPUs: weights, gradients, two moments.  Whole on each GPU in bf16: the tables of
-    tokens, and two blocks, one at work and one on its way, with the gradients of one.  While gradients of more than
-    one pass are added up, they are whole and in float32, for then they are exchanged but once.  Activations in bf16:
-    see `activations`.
-    """
-    with torch.device("meta"):
-        model = Llama(config)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    block = sum(weight.numel() for weight in model.layers[0].parameters())
-    tables = parameters - config.layers * block
-    flops = flops_of(config, parameters)
-    step = config.batch * config.context
-    columns = ("GPUs", "weights", "gradients", "moments", "activations", "whole", "in all", "days")
+    """What a run takes, without allocating any of it: parameters, FLOPs, bytes a GPU, days."""
+    parameters, _ = count(config)
+    flops, step = flops_of(config, parameters), config.batch * config.context
     lines = [
         f"{parameters:,} parameters; {flops / 1e9:.1f} GFLOP a token (6 N + 12 layers dim context)",
         f"a step: {config.batch} rows of {config.context:,}, {step:,} tokens; {config.steps:,} steps, "
         f"{config.steps * step / 1e9:.3g} billion tokens; "
         f"{PAPER_TOKENS / step:,.0f} steps to the paper's {PAPER_TOKENS / 1e9:.0f} billion",
         f"GB a GPU, {config.micro} rows a pass; days to the paper's tokens at {PLANNED:.0%} of an H100's peak each",
-        " ".join(f"{name:>11}" for name in columns),
+        "".join(f"{name:>12}" for name in ("GPUs", *memory_plan(config, 1), "days")),
     ]
-    alive = activations(config, 2)
     for gpus in (1, 8, 64, 256):
-        kept = 4 * parameters / gpus
-        passes = -(-config.batch // (gpus * config.micro))
-        whole = 2 * tables + 2 * 2 * block + 4 * (parameters if passes > 1 else block)
+        gb = [size / 1e9 for size in memory_plan(config, gpus).values()]
         days = PAPER_TOKENS * flops / (PLANNED * PEAKS["H100"] * gpus) / 86_400
-        gb = [value / 1e9 for value in (kept, kept, 2 * kept, alive, whole, 4 * kept + alive + whole)]
-        cells = (f"{gpus}", *(f"{value:,.2f}" for value in gb), f"{days:,.1f}")
-        lines.append(" ".join(f"{cell:>11}" for cell in cells))
+        lines.append(f"{gpus:>12}" + "".join(f"{value:>12,.2f}" for value in gb) + f"{days:>12,.1f}")
     return "\n".join(lines)
+
+
+def count(config: Config) -> tuple[int, int]:
+    """Parameters of the model and of one of its blocks."""
+    with torch.device("meta"):
+        model = Llama(config)
+    return tuple(sum(weight.numel() for weight in part.parameters()) for part in (model, model.layers[0]))
+
+
+def memory_plan(config: Config, gpus: int) -> dict[str, float]:
+    """Bytes a GPU, by what they hold, and in all.
+
+    Kept in float32 and split over the GPUs: weights, gradients, two moments.  Whole on each GPU in bf16: the tables of
+    tokens, and two blocks, one at work and one on its way; in float32 the gradients of one, or of all while those of
+    more than one pass are added up, unless `sync_each_pass`.  Activations in bf16: see `activations`.
+    """
+    parameters, block = count(config)
+    kept, added_up = 4 * parameters / gpus, config.batch > gpus * config.micro and not config.sync_each_pass
+    whole = 2 * (parameters - config.layers * block) + 2 * 2 * block + 4 * (parameters if added_up else block)
+    parts = {"weights": kept, "gradients": kept, "moments": 2 * kept, "activations": activations(config, 2)}
+    parts["whole"] = whole
+    return parts | {"in all": sum(parts.values())}
 
 
 def activations(config: Config, size: int) -> int:
@@ -786,16 +795,16 @@ def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, s
 
 
 def start() -> torch.device:
-    """Join the processes that torchrun started; one GPU is a world of one, one CPU needs none."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
+    """Join the processes that torchrun started; one GPU is a world of one, one CPU or one Mac needs none."""
+    device = best_device()
+    if device.type == "mps" and "RANK" in os.environ:  # weights cannot be sharded there
+        device = torch.device("cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=PATIENCE)
-    elif kind == "cuda":
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    elif device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
@@ -835,8 +844,7 @@ def shard(model: Llama, device: torch.device) -> None:
     """FSDP2: split every weight over the processes, block by block; compute in bf16 where there is a GPU for it, keep
     the weights, their gradients' sums and their moments in float32."""
     mesh = init_device_mesh(device.type, (world(),))
-    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=precision(device), reduce_dtype=torch.float32)
     for module in [*model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
 

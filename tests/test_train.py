@@ -133,7 +133,7 @@ def test_accumulation_changes_nothing(prepared, finished, tmp_path):
 def test_two_processes_give_the_losses_of_one(prepared, finished, tmp_path):
     result = command(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py"),
-        *("--data", prepared, "--out", tmp_path / "run", *RUN),
+        *("--data", prepared, "--out", tmp_path / "run", *RUN, "--micro", 1, "--sync-each-pass"),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
