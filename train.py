@@ -71,9 +71,7 @@ class Config(ModelConfig):
     z_loss: float = 0.0  # times the squared logarithm of the softmax's denominator: keeps logits from drifting
     compile: bool = False  # torch.compile every block: faster, but needs a C++ compiler
     recompute: bool = False  # redo each block's forward pass in the backward pass, to save memory
-    sync_each_pass: bool = (
-        False  # exchange gradients after each pass, not each step: holds them sharded, to save memory
-    )
+    sync_each_pass: bool = False  # exchange gradients after each pass, not once a step: less memory, more traffic
 
 
 PATIENCE = timedelta(hours=1)  # of a process for the others: large checkpoints take a while
