@@ -170,26 +170,28 @@ class RandomTokens:
         return np.random.default_rng(start).integers(0, 320, count, np.uint16)
 
 
+def step_of(config: train.Config, device: torch.device, rows: int) -> tuple[Callable[[], None], nn.Module]:
+    """A whole step of training on some rows, as train.loop takes it, and the model."""
+    model = train.build_model(config, device)
+    optimizer, stream = train.build_optimizer(model, config), RandomTokens()
+
+    def step() -> None:
+        train.backward(model, stream, np.arange(rows), config.micro, config, device)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, model
+
+
 def training() -> None:
     """Tokens/s of a step at dim 192, 4 layers, 6 heads, context 512, batch 16, beside transformers' Llama."""
     shape = {"vocab": 320, "context": 512, "dim": 192, "layers": 4, "heads": 6, "kv_heads": 6, "hidden": 512}
-    config, cpu, rows = train.Config(**shape), torch.device("cpu"), np.arange(16)
-
-    def ours(micro: int, compiled: bool = False) -> Callable[[], None]:
-        model = train.build_model(replace(config, compile=compiled), cpu)
-        optimizer = train.build_optimizer(model, config)
-
-        def step() -> None:
-            train.backward(model, RandomTokens(), rows, micro, config, cpu)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    functions = {"ours": ours(config.micro), "ours in one pass": ours(16)}
+    config, cpu = train.Config(**shape), torch.device("cpu")
+    functions = {"ours": config, "ours in one pass": replace(config, micro=16)}
     if shutil.which("c++") or shutil.which("g++"):
-        functions["ours compiled"] = ours(config.micro, compiled=True)
+        functions["ours compiled"] = replace(config, compile=True)
+    functions = {name: step_of(settings, cpu, 16)[0] for name, settings in functions.items()}
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -209,6 +211,116 @@ def training() -> None:
     speeds = {name: 16 * 512 / seconds for name, seconds in interleaved(functions, rounds=7).items()}
     ratio = speeds["ours"] / speeds["transformers"] if "transformers" in speeds else None
     emit("training step, 1.9M parameters", speeds, "tokens/s", ratio)
+
+
+# --- at scale ---------------------------------------------------------------------------------------------------------
+
+
+def sharding() -> None:
+    """Tokens/s of `--config small` on the CPU: one process of two threads, two of one thread that share the batch, and
+    two that know nothing of each other, each with half the batch: what is left between the last two is sharding."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        make(Path(folder) / "shapes")
+        outs = itertools.count()
+
+        def run(launchers: list[list[str]], batch: int, threads: int) -> float:
+            begun = {}
+            for launcher in launchers:
+                out = Path(folder) / f"out{next(outs)}"
+                shape = f"--data {folder}/shapes --out {out} --batch {batch} --steps 100 --samples 1".split()
+                command = [sys.executable, *launcher, "train.py", *shape, "--every", "100", "--log-every", "100"]
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+                begun[out] = subprocess.Popen(command, env=environment, **quiet)
+            speed = 0
+            for out, process in begun.items():
+                assert process.wait() == 0
+                speed += json.loads((out / "log.jsonl").read_text().splitlines()[0])["tokens_per_second"]
+            return speed
+
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        runs = {"one process": ([[]], 2, 2), "two, sharded": ([torchrun], 2, 1), "two, apart": ([[], []], 1, 1)}
+        speeds = {name: [] for name in runs}
+        for _ in range(3):
+            for name, arguments in runs.items():
+                speeds[name].append(run(*arguments))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    overhead = medians["two, apart"] / medians["two, sharded"] - 1
+    emit("small on the CPU", medians, "tokens/s", overhead=round(overhead, 3))
+
+
+def saving() -> None:
+    """Seconds that a checkpoint of the base model holds training up, and until it is there."""
+    config = replace(train.CONFIGS["base"], vocab=320)
+    model = train.build_model(config, torch.device("cpu"))
+    optimizer, seconds = train.build_optimizer(model, config), {"held up": [], "there": []}
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        (Path(folder) / "codec.json").write_text("{}")
+        with train.Saver(Path(folder)) as saver:
+            for step in range(5):
+                begun = time.perf_counter()
+                saver.save(model, optimizer, step, config)
+                seconds["held up"].append(time.perf_counter() - begun)
+                saver.wait()
+                seconds["there"].append(time.perf_counter() - begun)
+        size = sum(path.stat().st_size for path in Path(folder).glob("step_*4/*")) / 1e9
+    emit("saving base", {name: statistics.median(values) for name, values in seconds.items()}, "s", gb=round(size, 2))
+
+
+MATRICES = ("gemm", "cutlass", "nvjet", "cublas", "mm")  # in the names of kernels
+ATTENTION = ("flash", "fmha", "attention", "cudnn_generated")
+
+
+def scale() -> None:
+    """On a GPU: tokens/s, share of the peak, memory beside --plan, and where the time goes, of base, 1b and 7b."""
+    if not torch.cuda.is_available():
+        print("scale: there is no GPU here", file=sys.stderr)
+        return
+    device = train.start()
+    room = torch.cuda.get_device_properties(device).total_memory
+    for name in ("base", "1b", "7b"):
+        config = replace(train.CONFIGS[name], batch=train.CONFIGS[name].micro)
+        planned = train.memory_plan(config, 1)["in all"]
+        if planned > room:
+            print(f"{name}: needs {planned / 1e9:.0f} GB of {room / 1e9:.0f}", file=sys.stderr)
+            continue
+        emit(f"step of {name}", **at_scale(config, device), planned_gb=round(planned / 1e9, 1))
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def at_scale(config: train.Config, device: torch.device) -> dict[str, object]:
+    """What `scale` prints of one config: one pass a step, random tokens, plain Llama."""
+    step, model = step_of(config, device, config.batch)
+    torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+
+    def timed() -> None:
+        step()
+        torch.cuda.synchronize() if device.type == "cuda" else None
+
+    seconds = interleaved({"step": timed}, rounds=5)["step"]
+    parameters, _ = train.count(config)
+    speed = config.batch * config.context / seconds
+    full, peak = train.flops_of(config, parameters), train.peak_flops(device)
+    causal = full - 6 * config.layers * config.dim * config.context
+    activity = torch.profiler.ProfilerActivity  # kernels alone, for an operator's time is that of its kernels again
+    with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profile:
+        timed()
+    times = {"matrix products": 0.0, "attention": 0.0, "the rest": 0.0}
+    for event in profile.key_averages():
+        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        name = event.key.lower()
+        kind = "matrix products" if any(part in name for part in MATRICES) else "the rest"
+        times["attention" if any(part in name for part in ATTENTION) else kind] += spent
+    return {
+        "medians": {"tokens/s": speed, "MFU": speed * full / peak, "MFU, causal": speed * causal / peak},
+        "unit": "tokens/s, share of the peak",
+        "memory_gb": round(train.memory(device), 1),
+        "profile": {name: round(spent / sum(times.values()), 3) for name, spent in times.items()},
+    }
 
 
 # --- preparation ------------------------------------------------------------------------------------------------------
@@ -311,7 +423,9 @@ def small() -> None:
     emit("small, largest process", {"memory": peak}, "GiB")
 
 
-BENCHMARKS = {"training": training, "preparation": preparation, "fid": fid, "sampling": sampling, "small": small}
+BENCHMARKS = {
+    function.__name__: function for function in (training, sharding, saving, scale, preparation, fid, sampling, small)
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__.split("\n")[0])
