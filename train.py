@@ -261,7 +261,7 @@ def backward(
         mean = objective = cross_entropy(logits, y) * part
         if config.z_loss:
             objective = mean + config.z_loss * part * logits.float().logsumexp(-1).square().mean()
-        objective.backward()
+        (objective / world()).backward()  # processes add up what they find
         loss += mean.detach()
     return loss
 
@@ -845,6 +845,8 @@ def shard(model: Llama, device: torch.device) -> None:
     policy = MixedPrecisionPolicy(param_dtype=precision(device), reduce_dtype=torch.float32)
     for module in [*model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # plain sums: averages are not to be had from every version of gloo
+        module.set_force_sum_reduction_for_comms(True)
 
 
 if __name__ == "__main__":
