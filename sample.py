@@ -124,6 +124,14 @@ def generate(
     return [row[row >= 0] for row in written.cpu().numpy()]
 
 
+def at_once(model: Llama, length: int) -> int:
+    """How many files of so many tokens: their keys and values fill no more than a quarter of a GPU, or 4 GB."""
+    config, device = model.config, model.lm_head.weight.device
+    budget = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 4 << 30
+    numbers = 2 * config.layers * config.kv_heads * (config.dim // config.heads) * length
+    return max(1, min(64, budget // (numbers * precision(device).itemsize)))
+
+
 def grid(pictures: list[np.ndarray], columns: int | None = None) -> Image.Image:
     """Pictures (H, W, 3) side by side, a thin line between them, enlarged if they are small."""
     columns = columns or math.ceil(len(pictures) ** 0.5)
@@ -328,7 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that make up p (default: 1)")
     parser.add_argument("--length", type=int, help="tokens of a file at most (default: the model's context)")
-    parser.add_argument("--batch", type=int, default=64, help="files at once (default: 64)")
+    parser.add_argument("--batch", type=int, help="files at once (default: 64, or what fits the memory)")
     parser.add_argument("--prompt", type=Path, help="a picture to complete, or a folder of them")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="share of the rows given (default: 0.5)")
     parser.add_argument("--free", action="store_true", help="let the model write what the format does not allow")
@@ -337,8 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
         flags.temperature < 0
         or flags.top_k < 0
         or not 0 < flags.top_p <= 1
-        or flags.batch < 1
-        or min(flags.count or 1, flags.length or 1) < 1
+        or any(value is not None and value < 1 for value in (flags.count, flags.length, flags.batch))
         or flags.seed < 0
     ):
         raise UserError(
@@ -364,9 +371,10 @@ def main(arguments: list[str] | None = None) -> None:
             to / f"keep_{keep:g}": [tokens.codec.head(p, keep) for p in pictures for _ in range(flags.count or 1)]
             for keep in flags.keep
         }
+    batch = flags.batch or at_once(model, flags.length or model.config.context)
     for folder, prompts in jobs.items():
         more = {"count": len(prompts), "prompt": str(flags.prompt)}
-        valid = write(folder, model, tokens, prompts, settings | more, flags.batch)
+        valid = write(folder, model, tokens, prompts, settings | more, batch)
         print(f"{folder}: {valid} of {len(prompts)} are whole valid files")
 
 

@@ -25,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,20 @@ import hf
 from codec import Flags, Grammar, Tokens, UserError, describe, differences, load_tokens, run
 from data.prepare import digest, write_whole
 from model import Llama, ModelConfig, fill
-from sample import best_device, cause, checkpoints, damage, generate, grid, newest, on, precision, read_run, read_state
+from sample import (
+    at_once,
+    best_device,
+    cause,
+    checkpoints,
+    damage,
+    generate,
+    grid,
+    newest,
+    on,
+    precision,
+    read_run,
+    read_state,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +77,7 @@ class Config(ModelConfig):
     seed: int = 0  # of the weights, the order of the rows and the samples
     log_every: int = 20  # steps from one line of the log to the next
     every: int = 600  # steps from one evaluation, grid and checkpoint to the next
+    save_every: int = 0  # steps from one checkpoint to the next, where those are too few
     samples: int = 36  # pictures in the grid
     keep: int = 2  # checkpoints kept
     syntax: bool = False  # tell the model where in the file's syntax it stands, which plain Llama is not told
@@ -85,6 +99,7 @@ PAPER = partial(
     steps=36_240,
     batch=512,
     micro=1,
+    save_every=50,
     samples=1,
     compile=True,
     recompute=True,
@@ -120,7 +135,11 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
         value = getattr(config, field.name)
         if field.type in (int, float) and value < 0:
             raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must not be below 0")
-        if field.type in (int, float) and value == 0 and field.name not in ("seed", "warmup", "decay", "z_loss"):
+        if (
+            field.type in (int, float)
+            and value == 0
+            and field.name not in ("seed", "warmup", "decay", "z_loss", "save_every")
+        ):
             raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be above 0")
     if config.dim % config.heads or config.heads % config.kv_heads or config.dim // config.heads % 2:
         shape = f"--dim {config.dim} --heads {config.heads} --kv-heads {config.kv_heads}"
@@ -202,14 +221,16 @@ class Stream:
         return np.arange(0, int(self.bounds[-1]) - context, context)
 
 
+@lru_cache(2)
+def order_of(epoch: int, count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
 def rows_of(step: int, batch: int, count: int, seed: int) -> np.ndarray:
     """The numbers of the rows of one step (batch,): each of `count` once an epoch, in an order drawn from (seed,
     epoch)."""
-    places = np.arange(step * batch, (step + 1) * batch)
-    orders = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in np.unique(places // count).tolist()
-    }
-    return np.array([orders[epoch][place] for epoch, place in zip(places // count, places % count, strict=True)])
+    places = range(step * batch, (step + 1) * batch)
+    return np.array([order_of(place // count, count, seed)[place % count] for place in places])
 
 
 def batch_of(
@@ -390,7 +411,8 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
         bar.update()
         stopping = stop.agreed(device)
         due = step % config.every == 0 or step == config.steps
-        if step % config.log_every == 0 or due or stopping:
+        saving = due or stopping or step % (config.save_every or config.every) == 0
+        if step % config.log_every == 0 or saving:
             mean = (add_up(torch.stack(waiting).mean()) / world()).item()
             pace = (time.perf_counter() - started) / (step - first)
             speed = config.batch * config.context / pace
@@ -416,7 +438,7 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
                 say(VALIDATION.format(step=step, **result))
                 show(model, tokens, out, step, config, log)
             started += time.perf_counter() - pause
-        if due or stopping:
+        if saving:
             saver.save(model, optimizer, step, config)
     bar.close()
     saver.wait()
@@ -480,7 +502,7 @@ def open_run(out: Path, config: Config, tokens: Tokens) -> None:
         json.loads(json.dumps({**asdict(config), "codec": asdict(tokens.codec), "vocabulary": tokens.hash})),
     )
     if path.exists():
-        free = {"out", "log_every", "every", "samples", "keep"}  # these may change meanwhile
+        free = {"out", "log_every", "every", "save_every", "samples", "keep"}  # these may change meanwhile
         free |= {"micro", "compile", "recompute", "sync_each_pass"}
         before = json.loads(path.read_text())
         if changed := differences(
@@ -519,6 +541,8 @@ def claim(out: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(f"{out} is in use by {file.read()}: wait for it, or choose another --out") from None
+        except OSError as error:
+            print(f"note: {out} cannot be locked ({error.strerror}), so start no second run on it")
         file.truncate(0)
         print(
             "process", os.getpid(), "on", platform.node(), time.strftime("since %F %T"), end="", file=file, flush=True
@@ -571,10 +595,8 @@ class Log:
 def show(model: Llama, tokens: Tokens, out: Path, step: int, config: Config, log: Log) -> None:
     """Write OUT/grids/STEP.png, a grid of what the model writes now, and OUT/loss.png."""
     model.eval()
-    begun = [np.array([tokens.start])] * config.samples
+    begun, written, rows = [np.array([tokens.start])] * config.samples, [], at_once(model, config.context)
     free = 1 + tokens.grammar.rest(0, tokens.grammar.first) > config.context  # then no whole picture fits
-    written, row = [], 8 * config.layers * config.kv_heads * config.dim // config.heads * config.context
-    rows = max(1, min(64, (4 << 30) // row))  # at once, such that keys and values fill no more than 4 GB
     for first in range(0, config.samples, rows):
         seeds = [(config.seed, i) for i in range(first, min(first + rows, config.samples))]
         written += generate(model, tokens, begun[first : first + rows], seeds, free=bool(free))

@@ -1,6 +1,7 @@
 """The comparisons of the README: what syntax positions are worth, and how often a free model writes a valid file.
 
 python -m tests.study positions OUT --data data/shapes data/eurosat     # trains plain and told at two sizes
+python -m tests.study without OUT --data data/shapes data/eurosat       # trains with each position held back in turn
 python -m tests.study validity RUN                                      # of every checkpoint (train.py --keep 9)
 """
 
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from codec import Flags, UserError, run
+from codec import Flags, Grammar, UserError, run
 from sample import checkpoints, generate, load_checkpoint
-from train import draw_curves
+from train import draw_curves, parse, train
 
 SIZES = {"dim 96, 2 layers": "--dim 96 --layers 2 --heads 3 --kv-heads 3 --hidden 256", "dim 192, 4 layers": ""}
 
@@ -53,6 +54,21 @@ def positions(out: Path, folders: list[Path], steps: int) -> None:
     sheet.save(out / "positions.png")
 
 
+def without(out: Path, folders: list[Path], steps: int) -> None:
+    """Train the small config with all positions, and with all but one; print bits an image at the end."""
+    position = Grammar.position
+    for folder in folders:
+        for number, name in enumerate(("nothing", "block", "coefficient", "node", "row", "column")):
+            told = np.arange(1, 6) != number
+            Grammar.position = lambda self, state, told=told: position(self, state) * told
+            to = out / f"{folder.name}-without-{name}"
+            arguments = f"--data {folder} --out {to} --steps {steps} --every {steps} --samples 1"
+            train(parse(arguments.split())[0])
+            bits = json.loads((to / "log.jsonl").read_text().splitlines()[-1])["val_bits_per_image"]
+            print(json.dumps({"data": folder.name, "without": name, "bits_per_image": round(bits, 1)}))
+    Grammar.position = position
+
+
 def validity(out: Path, count: int) -> None:
     """Print the share of whole valid files of the untrained model and of each checkpoint, at three temperatures."""
     for number, checkpoint in enumerate([None, *reversed(checkpoints(out))]):
@@ -69,18 +85,21 @@ def validity(out: Path, count: int) -> None:
         )
 
 
+STUDIES = {"positions": positions, "without": without}
+
+
 def main() -> None:
     parser = Flags(__doc__)
-    parser.add_argument("study", choices=("positions", "validity"))
+    parser.add_argument("study", choices=(*STUDIES, "validity"))
     parser.add_argument("out", type=Path, help="folder of the runs, or run folder")
     parser.add_argument("--data", type=Path, nargs="+", help="data folders")
     parser.add_argument("--steps", type=int, default=500, help="of each run (default: 500)")
     parser.add_argument("--count", type=int, default=128, help="files (default: 128)")
     flags = parser.parse(None)
-    if flags.study == "positions" and not flags.data or flags.study == "validity" and not checkpoints(flags.out):
-        raise UserError("positions needs --data and data folders, validity a run folder with checkpoints")
-    if flags.study == "positions":
-        positions(flags.out, flags.data, flags.steps)
+    if flags.study in STUDIES and not flags.data or flags.study == "validity" and not checkpoints(flags.out):
+        raise UserError(f"{', '.join(STUDIES)} need --data and data folders, validity a run folder with checkpoints")
+    if flags.study in STUDIES:
+        STUDIES[flags.study](flags.out, flags.data, flags.steps)
     else:
         validity(flags.out, flags.count)
 

@@ -64,7 +64,7 @@ def test_a_run_that_was_killed_continues_bit_for_bit(prepared, tmp_path):
     """kill -9 at three moments, saving among them; the losses end equal to the uninterrupted run's."""
     rng = np.random.default_rng(0)
     for wanted in (2, 6, 9):
-        process = start(prepared, tmp_path / "run")
+        process = start(prepared, tmp_path / "run", "--save-every", 3)
         wait_for(tmp_path / "run", wanted, process)
         time.sleep(rng.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
