@@ -18,7 +18,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -39,6 +39,7 @@ class Codec(Protocol):
     """What train.py and sample.py ask of a codec: a frozen dataclass whose fields are its settings, with these
     beside."""
 
+    name: str  # in codec.json and of --codec
     vocab: int  # symbols are below this
     suffix: str  # of the files it writes
 
@@ -69,16 +70,15 @@ class JPEG:
     restart: int = 1  # MCUs from one restart marker to the next; 0: no markers
     header: bool = False  # keep the constant header, SOI and EOI in the sequence
 
-    vocab = 256
-    suffix = ".jpg"
+    name, vocab, suffix = "jpeg", 256, ".jpg"
 
     def __post_init__(self) -> None:
         if not 16 <= self.size <= 1024:
             raise UserError(f"size is {self.size}: choose 16 to 1024 pixels")
         if not 1 <= self.quality <= 100:
             raise UserError(f"quality is {self.quality}: choose 1 to 100")
-        if self.subsampling not in BLOCKS:
-            raise UserError(f"subsampling is {self.subsampling!r}: choose one of {', '.join(BLOCKS)}")
+        if self.subsampling not in SCALE:
+            raise UserError(f"subsampling is {self.subsampling!r}: choose one of {', '.join(SCALE)}")
         if not 0 <= self.restart <= 65535:
             raise UserError(f"restart is {self.restart}: choose 0 (no markers) to 65535 MCUs")
 
@@ -116,16 +116,15 @@ class JPEG:
             if data[:at] != self.frame:
                 wrong = next((i for i, (a, b) in enumerate(zip(data, self.frame, strict=False)) if a != b), len(data))
                 return f"byte {wrong}: not the header of a {self.size}x{self.size} {self.subsampling} file"
-        steps, end, place = scan_automaton(self.subsampling)
+        steps, end, width = scan_automaton(self.subsampling)
         last = self.restart or self.mcus
         for first in range(0, self.mcus, last):
             mcu, until, state = first, min(first + last, self.mcus), 0
             if first:
                 marker = bytes([0xFF, 0xD0 + (first // last - 1) % 8])
                 if data[at : at + 2] != marker:
-                    return (
-                        f"byte {at}: {data[at : at + 2].hex() or 'the end'} where restart marker {marker.hex()} is due"
-                    )
+                    there = data[at : at + 2].hex() or "the end"
+                    return f"byte {at}: {there} where restart marker {marker.hex()} is due"
                 at += 2
             while mcu < until:
                 if at == len(data):
@@ -138,7 +137,8 @@ class JPEG:
                         continue
                     following = steps[2 * state + (byte >> shift & 1)]
                     if following < 0:
-                        return f"byte {at}: no such code in MCU {mcu}, {place(state)}"
+                        block, coefficient = divmod(state // width, 65)
+                        return f"byte {at}: no such code in MCU {mcu}, block {block}, coefficient {coefficient}"
                     state = following
                     if state == end:
                         mcu, state = mcu + 1, 0
@@ -172,7 +172,7 @@ class JPEG:
     @property
     def rows(self) -> int:
         """Rows of MCUs, and MCUs in a row."""
-        return -(-self.size // (8 * BLOCKS[self.subsampling].scale))
+        return -(-self.size // (8 * SCALE[self.subsampling]))
 
     @property
     def mcus(self) -> int:
@@ -199,15 +199,7 @@ class JPEG:
         return out.getvalue()
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The 8x8 blocks of an MCU: `luma` of Y, then one each of Cb and Cr (A.2.3); `scale` blocks wide and high."""
-
-    luma: int
-    scale: int
-
-
-BLOCKS = {"4:2:0": Blocks(luma=4, scale=2), "4:4:4": Blocks(luma=1, scale=1)}
+SCALE = {"4:2:0": 2, "4:4:4": 1}  # an MCU is so many 8x8 blocks of Y wide and high, then one of Cb, one of Cr (A.2.3)
 
 
 @cache
@@ -244,14 +236,14 @@ def huffman_trees() -> dict[tuple[int, int], list[list[int | None]]]:
 
 @cache
 def scan_automaton(subsampling: str):
-    """What may follow, bit by bit, inside an MCU: (steps, end, place).
+    """What may follow, bit by bit, inside an MCU: (steps, end, width).
 
     A state is (block of the MCU, index of the coefficient in zigzag order, node of the Huffman tree or extra bits
     left), which is all that the reader of a baseline scan remembers (F.2.2).  `steps[2 * state + bit]` is the next
-    state: `end` after the last bit of the MCU, -1 where the bit is not allowed.  State 0 begins an MCU;
-    `place(state)` says where a state is.
+    state: `end` after the last bit of the MCU, -1 where the bit is not allowed.  State 0 begins an MCU,
+    state (block * 65 + coefficient) * width the code of a coefficient.
     """
-    trees, luma = huffman_trees(), BLOCKS[subsampling].luma
+    trees, luma = huffman_trees(), SCALE[subsampling] ** 2
     nodes = max(map(len, trees.values()))
     width = nodes + 11  # then 1 to 11 extra bits left
     end = (luma + 2) * 65 * width
@@ -272,26 +264,16 @@ def scan_automaton(subsampling: str):
                 for bit, child in enumerate(bits):
                     if child is None:
                         continue
-                    if child >= 0:
-                        following = state + child
-                    else:
-                        run, extra = divmod(
-                            -1 - child, 16
-                        )  # zeros before the coefficient, bits of its value (F.1.2.2.1)
-                        after = coefficient + run + 1
-                        if coefficient and (run, extra) == (0, 0):
-                            after = 64  # end of block
-                        fits = (
-                            after < 64 or after == 64 and (run, extra) != (15, 0)
-                        )  # a run of 16 zeros is followed by more
+                    following = state + child
+                    if child < 0:
+                        run, extra = divmod(-1 - child, 16)  # zeros before it, bits of its value (F.1.2.2.1)
+                        last = coefficient and (run, extra) == (0, 0)  # end of block
+                        after = 64 if last else coefficient + run + 1
+                        fits = after < 64 or after == 64 and (run, extra) != (15, 0)  # 16 zeros are followed by more
                         following = reach(block, after, extra) if fits else -1
                     steps[2 * (state + node) + bit] = following
 
-    def place(state: int) -> str:
-        block, coefficient = divmod(state // width, 65)
-        return f"block {block}, coefficient {coefficient}"
-
-    return steps, end, place
+    return steps, end, width
 
 
 # --- the grammar: which tokens may come next ------------------------------------------------------------------------
@@ -386,7 +368,7 @@ def scan_grammar(codec: JPEG) -> Grammar:
     MCU, and the three of `Grammar`.  Positions are five: the block, the coefficient, the node of which Huffman tree or
     the extra bits left, the row and the column of the MCU.
     """
-    steps, end, _ = scan_automaton(codec.subsampling)
+    steps, end, width = scan_automaton(codec.subsampling)
     bits = np.array([*steps, -1, end, -1, -1], np.int32).reshape(-1, 2)  # after the end only ones, after -1 nothing
     following = np.arange(end, dtype=np.int32)[:, None]
     for _ in range(8):
@@ -422,29 +404,18 @@ def scan_grammar(codec: JPEG) -> Grammar:
     away += 2 * bool(header) + 1
     away[eoi], away[ended] = shortest + 1, shortest if header else 0
 
-    syntax, places, positions = scan_positions(codec, end, stuffed.clip(0), len(header))
-    return Grammar(
-        table,
-        away,
-        syntax,
-        places,
-        positions,
-        first=in_header if header else 0,
-        closing=eoi if header else over,
-        mcus=codec.mcus,
-        header=codec.header,
-        shortest=shortest,
-    )
+    syntax, places, positions = scan_positions(codec, end, width, stuffed.clip(0), len(header))
+    first, closing = (in_header, eoi) if header else (0, over)
+    return Grammar(table, away, syntax, places, positions, first, codec.mcus, codec.header, closing, shortest)
 
 
-def scan_positions(codec: JPEG, end: int, stuffed: np.ndarray, header: int) -> tuple[np.ndarray, np.ndarray, tuple]:
+def scan_positions(codec: JPEG, end: int, width: int, stuffed: np.ndarray, header: int) -> tuple:
     """Where each local state of `scan_grammar` is, where each MCU is, and how many values the five numbers have.
 
     Trees share no nodes, so that a number says which of them is read.  Before a stuffed 00 it says just that, in the
     header how far it is read; what follows the MCUs has blocks of its own.
     """
-    blocks = BLOCKS[codec.subsampling].luma + 2
-    width = end // (65 * blocks)
+    blocks = end // (65 * width)
     inside = np.concatenate([np.arange(end), stuffed])
     block, coefficient, node = inside // (65 * width), inside // width % 65, inside % width
     tree = 2 * (coefficient > 0) + (block >= blocks - 2)
@@ -492,10 +463,7 @@ class Tokens:
         at the speed of C, over many documents at once (split and join is a third faster than `str.replace`).  No
         merge reaches across documents, since none holds a start or an end.
         """
-        start, end = np.array([self.start], np.uint16), np.array([self.end], np.uint16)
-        text = to_text(
-            np.concatenate([part for document in documents for part in (start, document, end)]).astype(np.uint16)
-        )
+        text = "".join(f"{chr(self.start)}{to_text(document)}{chr(self.end)}" for document in documents)
         for token, (left, right) in enumerate(self.merges, self.codec.vocab):
             text = chr(token).join(text.split(chr(left) + chr(right)))
         stream = from_text(text)
@@ -504,9 +472,8 @@ class Tokens:
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """The symbols of one document's tokens, up to its end if it has one."""
         ends = np.flatnonzero(tokens == self.end)
-        known = [
-            self.expansions[token] for token in tokens[: ends[0] if len(ends) else None].tolist() if token < self.start
-        ]
+        tokens = tokens[: ends[0]] if len(ends) else tokens
+        known = [self.expansions[token] for token in tokens.tolist() if token < self.start]
         return np.concatenate([np.empty(0, self.dtype), *known])
 
     @cached_property
@@ -553,22 +520,17 @@ def learn_pairs(codec: Codec, documents: Sequence[np.ndarray], vocab: int) -> To
     is left."""
     if not codec.vocab + 2 <= vocab <= 0xD800:  # above are the characters that a string cannot hold
         raise UserError(f"vocab is {vocab}: choose {codec.vocab + 2} (no pairs) to {0xD800:,}")
-    text, merges, lengths = to_text(Tokens(codec).encode(documents)[0]), [], []
-    start, end = chr(codec.vocab), chr(codec.vocab + 1)
-    text = text.replace(start, "").replace(
-        end, chr(vocab - 1)
-    )  # only one mark between documents, above all tokens to be
+    text = chr(vocab - 1).join(map(to_text, documents))  # a mark between documents, above all tokens to be
+    merges, sizes = [], np.ones(vocab - 1, np.int64)  # sizes: symbols that a token stands for
     for token in range(codec.vocab, vocab - 2):
         stream = from_text(text).astype(np.int64)
         counts = np.bincount(stream[:-1] * vocab + stream[1:], minlength=vocab * vocab).reshape(vocab, vocab)[:-1, :-1]
-        sizes = np.ones(vocab - 1, np.int64)
-        sizes[codec.vocab : token] = lengths
         counts[sizes[:, None] + sizes > LONGEST] = 0
         left, right = divmod(int(counts.argmax()), vocab - 1)
         if counts[left, right] < 2:
             break
         merges.append((left, right))
-        lengths.append(sizes[left] + sizes[right])
+        sizes[token] = sizes[left] + sizes[right]
         text = text.replace(chr(left) + chr(right), chr(token))
     return Tokens(codec, tuple(merges))
 
@@ -583,11 +545,7 @@ def from_text(text: str) -> np.ndarray:
 
 # --- codec.json: settings are typed once, in data.prepare, and travel with the data and the model -------------------
 
-CODECS = {"jpeg": JPEG}
-
-
-def name_of(codec: Codec) -> str:
-    return next(name for name, kind in CODECS.items() if isinstance(codec, kind))
+CODECS = {kind.name: kind for kind in (JPEG,)}
 
 
 def fingerprint(codec: Codec) -> str:
@@ -604,13 +562,8 @@ def encoder() -> str:
 
 def describe(tokens: Tokens) -> str:
     """What codec.json holds: the codec and its settings, the byte pairs, and which encoder made them."""
-    settings = {
-        "codec": name_of(tokens.codec),
-        **asdict(tokens.codec),
-        "encoder": encoder(),
-        "fingerprint": fingerprint(tokens.codec),
-    }
-    return json.dumps({**settings, "merges": tokens.merges})
+    made_by = {"encoder": encoder(), "fingerprint": fingerprint(tokens.codec)}
+    return json.dumps({"codec": tokens.codec.name, **asdict(tokens.codec), **made_by, "merges": tokens.merges})
 
 
 def save_tokens(folder: Path, tokens: Tokens) -> None:
@@ -626,10 +579,10 @@ def load_tokens(folder: Path) -> Tokens:
         settings = json.loads(path.read_text())
         codec = CODECS[settings.pop("codec")]
         merges = tuple((left, right) for left, right in settings.pop("merges"))
-        fields = {name: settings[name] for name in codec.__dataclass_fields__}
+        values = {field.name: settings[field.name] for field in fields(codec)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a codec.json of this version: {error!r}") from None
-    return Tokens(codec(**fields), merges)
+    return Tokens(codec(**values), merges)
 
 
 def foreign_encoder(folder: Path, codec: Codec) -> str | None:
@@ -649,9 +602,8 @@ class Flags(argparse.ArgumentParser):
     no flag."""
 
     def __init__(self, description: str):
-        super().__init__(
-            allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, description=description, formatter_class=layout)
 
     def add_fields(self, defaults: object) -> None:
         kind = type(defaults)
@@ -674,9 +626,9 @@ class Flags(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def differences(before: dict, now: dict) -> str:
-    """The settings in which two dictionaries differ, as `name: old, now new`; empty if they are equal."""
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+def differences(before: dict, now: dict, free: Collection[str] = ()) -> str:
+    """The settings in which two dictionaries differ, but for `free` ones, as `name: old, now new`; empty if in none."""
+    changed = [name for name in {**before, **now} if name not in free and before.get(name) != now.get(name)]
     return "; ".join(f"{name}: {before.get(name)}, now {now.get(name)}" for name in changed)
 
 

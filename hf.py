@@ -28,12 +28,7 @@ NAMES = {  # theirs and ours
     "intermediate_size": "hidden",
     "rms_norm_eps": "norm_eps",
 }
-FORMATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BYTE = 0x2800  # the character of byte 0: Braille patterns, one for each byte
 
 
@@ -160,9 +155,7 @@ def write(folder: Path, model: Llama, tokens: Tokens) -> None:
     """A folder that transformers loads to the same logits.  Errors: UserError, if the model is no plain Llama."""
     config = model.config
     if config.positions or config.qk_norm:
-        raise UserError(
-            "transformers' Llama has no syntax positions and no QK-norm: train with --no-syntax --no-qk-norm"
-        )
+        raise UserError("transformers' Llama has no syntax positions, no QK-norm: train with --no-syntax --no-qk-norm")
     folder.mkdir(parents=True, exist_ok=True)
     theirs = settings(config) | {
         "architectures": ["LlamaForCausalLM"],

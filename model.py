@@ -167,9 +167,8 @@ class Llama(nn.Module):
         1/sqrt(2 layers), so that its variance does not grow with depth (Radford et al. 2019, section 2.3).
         """
         for name, weight in self.named_parameters():
-            std = (
-                0.02 / (2 * self.config.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-            )
+            to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / (2 * self.config.layers) ** 0.5 if to_residual else 0.02
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             whole = torch.ones(weight.shape) if "norm" in name else torch.randn(weight.shape, generator=generator) * std
             fill(weight, whole)

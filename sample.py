@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 import hf
 from codec import Flags, Grammar, Tokens, UserError, differences, foreign_encoder, load_tokens, run
-from data.prepare import Item, Unusable, digest, read_file, read_square, walk, write_whole
+from data.prepare import Item, Unusable, chunks, digest, read_file, read_square, walk, write_whole
 from model import Cache, Llama, ModelConfig
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that one process saves or reads alone is meant
@@ -69,9 +70,8 @@ def begin(grammar: Grammar, prompts: list[np.ndarray], length: int) -> None:
         states, allowed = grammar.walk(prompt[None].astype(np.int64))
         if not allowed.all():
             where = f"token {int(allowed[0].argmin())} of {len(prompt)}"
-            raise UserError(
-                f"prompt {number} does not begin a valid file ({where}): encode it as the model's data, or pass --free"
-            )
+            advice = "encode it as the model's data, or pass --free"
+            raise UserError(f"prompt {number} does not begin a valid file ({where}): {advice}")
         rest = int(grammar.rest(states[0, -1] // size, states[0, -1] % size))
         if rest > length - len(prompt):
             room = f"{max(0, length - len(prompt))} are left after a prompt of {len(prompt)}"
@@ -90,11 +90,13 @@ def generate(
     top_p: float = 1.0,
     length: int | None = None,
     free: bool = False,
+    over: Callable[[Tensor], Tensor] = torch.all,
 ) -> list[np.ndarray]:
     """Continue each prompt, tokens (n,), to the end of a whole valid file of `length` tokens (the context) at most.
 
     Only tokens that the grammar allows are drawn; if `free`, all are, and the length may cut the file.  The prompts
-    may differ in length: where one is longer than the others, its tokens take the place of those drawn.
+    may differ in length: where one is longer than the others, its tokens take the place of those drawn.  `over` says
+    whether all files (B,) have ended; processes that share a model must agree.
     """
     device = model.lm_head.weight.device
     length = min(length or model.config.context, model.config.context)
@@ -116,7 +118,7 @@ def generate(
         drawn = choose(logits.masked_fill(~legal, -math.inf), uniform[:, at], temperature, top_k, top_p)
         written[:, at] = torch.where(written[:, at] >= 0, written[:, at], drawn.masked_fill(done, tokens.end))
         done |= written[:, at] == tokens.end
-        if at % 16 == 0 and done.all():  # asking every step would make a GPU wait
+        if at % 16 == 0 and over(done):  # asking every step would make a GPU wait
             break
         if at < length - 1:
             state, _ = grammar.advance(state, written[:, at])
@@ -132,9 +134,9 @@ def at_once(model: Llama, length: int) -> int:
     return max(1, min(64, budget // (numbers * precision(device).itemsize)))
 
 
-def grid(pictures: list[np.ndarray], columns: int | None = None) -> Image.Image:
+def grid(pictures: list[np.ndarray]) -> Image.Image:
     """Pictures (H, W, 3) side by side, a thin line between them, enlarged if they are small."""
-    columns = columns or math.ceil(len(pictures) ** 0.5)
+    columns = math.ceil(len(pictures) ** 0.5)
     height, width, _ = pictures[0].shape
     sheet = np.full((-(-len(pictures) // columns) * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, np.uint8)
     for i, picture in enumerate(pictures):
@@ -156,7 +158,7 @@ def best_device() -> torch.device:
 
 def precision(device: torch.device) -> torch.dtype:
     """What to compute in: bf16 where a GPU has it, else float32, which most CPUs are faster in."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
 # --- a run folder ---------------------------------------------------------------------------------------------------
@@ -175,22 +177,19 @@ def damage(checkpoint: Path, share: slice = slice(None)) -> str | None:
         return "manifest.json"
     for name, sha in sorted(manifest.items())[share]:
         try:
-            whole = digest(checkpoint / name) == sha
+            if digest(checkpoint / name) != sha:
+                return name
         except OSError:  # it is not there, or a training that goes on removes it just now
-            whole = False
-        if not whole:
             return name
     return None
 
 
-def newest(out: Path, say=print, judge=damage) -> Path | None:
-    """The newest undamaged checkpoint of a run; what is passed over is named."""
-    for checkpoint in checkpoints(out):
-        name = judge(checkpoint)
-        if name is None:
+def newest(found: list[Path], say=print, judge=damage) -> Path | None:
+    """The first undamaged one of some checkpoints, the newest first; what is passed over is named."""
+    for checkpoint in found:
+        if not (name := judge(checkpoint)):
             return checkpoint
         say(f"{checkpoint} is damaged ({name} is not as it was written): using the one before")
-    return None
 
 
 PARTS = {  # what torch pickles into the .metadata of a checkpoint; besides, names of number formats
@@ -243,29 +242,20 @@ def cause(error: BaseException) -> BaseException:
 def load_checkpoint(checkpoint: Path, device: torch.device) -> tuple[Llama, Tokens]:
     """The model of a checkpoint, whole, on one device, whatever number of processes wrote it, and its tokens."""
     saved = json.loads((checkpoint / "config.json").read_text())
-    model = (
-        Llama(ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig) if field.name in saved}))
-        .to(device)
-        .eval()
-    )
+    config = ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig) if field.name in saved})
+    model = Llama(config).to(device).eval()
     read_state({"model": model.state_dict()}, checkpoint)
     return model, load_tokens(checkpoint)
 
 
-def locate(out: Path) -> Path:
-    """The newest checkpoint of a run, or the folder itself if it is a Llama folder of Hugging Face."""
+def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
+    """Model and tokens of a run's newest checkpoint, or of a Llama folder of Hugging Face; and where they were."""
     if not any(out.glob("step_*")) and (any(out.glob("*.safetensors")) or any(out.glob("pytorch_model*.bin"))):
-        return out
-    checkpoint = newest(out)
+        return *hf.read(out, device), out
+    checkpoint = newest(checkpoints(out))
     if checkpoint is None:
         raise UserError(f"{out} holds no checkpoint: run `python train.py --out {out}` first")
-    return checkpoint
-
-
-def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
-    """The model and the tokens of a run or a Llama folder, and where they were."""
-    folder = locate(out)
-    return (*(hf.read if folder == out else load_checkpoint)(folder, device), folder)
+    return *load_checkpoint(checkpoint, device), checkpoint
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -299,15 +289,13 @@ def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray],
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "samples.json"
     if note.exists() and (changed := differences(json.loads(note.read_text()), settings)):
-        raise UserError(
-            f"{folder} holds other samples ({changed}): choose another folder with --to, or delete this one"
-        )
+        raise UserError(f"{folder} holds other samples ({changed}): choose another with --to, or delete this one")
     note.write_text(json.dumps(settings, indent=1) + "\n")
     paths = [folder / f"{i:05d}{tokens.codec.suffix}" for i in range(len(prompts))]
     waiting = [i for i, path in enumerate(paths) if not path.exists()]
     limits = {name: settings[name] for name in ("temperature", "top_k", "top_p", "length", "free")}
     with tqdm(total=len(paths), initial=len(paths) - len(waiting), unit=" files", desc=str(folder)) as bar:
-        for numbers in (waiting[first : first + batch] for first in range(0, len(waiting), batch)):
+        for numbers in chunks(waiting, batch):
             begun = [tokens.encode([prompts[i]])[0][:-1] for i in numbers]  # all but the end
             rows = generate(model, tokens, begun, [(settings["seed"], i) for i in numbers], **limits)
             for i, row in zip(numbers, rows, strict=True):
@@ -324,7 +312,7 @@ def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray],
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Flags(__doc__)
-    parser.add_argument("run", type=Path, help="run folder that train.py wrote")
+    parser.add_argument("run", type=Path, help="run folder of train.py, or a Llama folder of Hugging Face")
     parser.add_argument(
         "--count", type=int, help="how many files (default: 64), or how many of each prompt (default: 1)"
     )
@@ -341,17 +329,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="share of the rows given (default: 0.5)")
     parser.add_argument("--free", action="store_true", help="let the model write what the format does not allow")
     flags = parser.parse(arguments)
-    if (
-        flags.temperature < 0
-        or flags.top_k < 0
-        or not 0 < flags.top_p <= 1
-        or any(value is not None and value < 1 for value in (flags.count, flags.length, flags.batch))
-        or flags.seed < 0
-    ):
-        raise UserError(
-            "--temperature, --top-k and --seed are at least 0, --top-p above 0 up to 1, --batch, --count and --length "
-            "at least 1"
-        )
+    counts = [value for value in (flags.batch, flags.count, flags.length) if value is not None]
+    if min(flags.temperature, flags.top_k, flags.seed) < 0 or not 0 < flags.top_p <= 1 or min(counts, default=1) < 1:
+        bounds = "--temperature, --top-k and --seed are at least 0, --batch, --count and --length at least 1"
+        raise UserError(f"{bounds}, --top-p is above 0 and up to 1")
 
     device = best_device()
     model, tokens, source = read_run(flags.run, device)

@@ -23,10 +23,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -45,8 +48,8 @@ from tqdm import tqdm
 import data.shapes
 import hf
 from codec import Flags, Grammar, Tokens, UserError, describe, differences, load_tokens, run
-from data.prepare import digest, write_whole
-from model import Llama, ModelConfig, fill
+from data.prepare import chunks, digest, write_whole
+from model import Block, Llama, ModelConfig, fill
 from sample import (
     at_once,
     best_device,
@@ -65,7 +68,7 @@ from sample import (
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
-    data: str = "data/shapes"  # folder that data.prepare wrote
+    data: str = "data/shapes"  # folder that data.prepare wrote; data/shapes is drawn if absent
     out: str = ""  # run folder: checkpoints, log, samples; empty: out/CONFIG
     steps: int = 1800  # optimizer steps
     batch: int = 4  # rows of context tokens per step, over all processes
@@ -77,7 +80,7 @@ class Config(ModelConfig):
     seed: int = 0  # of the weights, the order of the rows and the samples
     log_every: int = 20  # steps from one line of the log to the next
     every: int = 600  # steps from one evaluation, grid and checkpoint to the next
-    save_every: int = 0  # steps from one checkpoint to the next, where those are too few
+    save_every: int = 0  # steps from one checkpoint to the next, besides those; 0: no others
     samples: int = 36  # pictures in the grid
     keep: int = 2  # checkpoints kept
     syntax: bool = False  # tell the model where in the file's syntax it stands, which plain Llama is not told
@@ -91,19 +94,8 @@ class Config(ModelConfig):
 PATIENCE = timedelta(hours=1)  # of a process for the others: large checkpoints take a while
 PAPER_TOKENS, PLANNED = 228e9, 0.4  # tokens of the paper's training; share of the chips' peak that --plan counts on
 TOLD = partial(Config, syntax=True)
-PAPER = partial(
-    Config,
-    context=12_288,
-    lr=3e-4,
-    warmup=2000,
-    steps=36_240,
-    batch=512,
-    micro=1,
-    save_every=50,
-    samples=1,
-    compile=True,
-    recompute=True,
-)
+PAPER = partial(Config, context=12_288, lr=3e-4, warmup=2000, steps=36_240, batch=512, micro=1, save_every=50)
+PAPER = partial(PAPER, samples=1, compile=True, recompute=True)
 CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning rate are the paper's, the rest is ours
     "tiny":  TOLD(dim=64, layers=2, heads=2, kv_heads=2, hidden=176, context=512, steps=200, every=100, lr=3e-3),
     "small": TOLD(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, batch=2, lr=3e-3),
@@ -118,29 +110,19 @@ CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning
 def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """A preset, and over it every field that has a flag; and what to do instead of training.  Errors: UserError."""
     parser = Flags(__doc__)
-    parser.add_argument(
-        "--config",
-        choices=CONFIGS,
-        default="small",
-        help="preset that the flags below change (default: small, whose values they show)",
-    )
+    text = "preset that the flags below change (default: small, whose values they show)"
+    parser.add_argument("--config", choices=CONFIGS, default="small", help=text)
     parser.add_argument("--plan", action="store_true", help="print size, memory and days of training, and end")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the trained weights as one file, and end")
     parser.add_argument("--hf", type=Path, metavar="DIR", help="write a Llama folder of Hugging Face, and end")
     parser.add_fields(CONFIGS["small"])
     flags = parser.parse(arguments)
-    names = {field.name for field in fields(Config)}
-    config = replace(CONFIGS[flags.config], **{name: value for name, value in vars(flags).items() if name in names})
-    for field in fields(Config):
-        value = getattr(config, field.name)
-        if field.type in (int, float) and value < 0:
-            raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must not be below 0")
-        if (
-            field.type in (int, float)
-            and value == 0
-            and field.name not in ("seed", "warmup", "decay", "z_loss", "save_every")
-        ):
-            raise UserError(f"--{field.name.replace('_', '-')} is {value}: it must be above 0")
+    given = {name: value for name, value in vars(flags).items() if name in Config.__dataclass_fields__}
+    config = replace(CONFIGS[flags.config], **given)
+    for name, value in asdict(config).items():
+        bound = "at least" if name in ("seed", "warmup", "decay", "z_loss", "save_every") else "above"
+        if type(value) in (int, float) and (value < 0 or value == 0 and bound == "above"):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {bound} 0")
     if config.dim % config.heads or config.heads % config.kv_heads or config.dim // config.heads % 2:
         shape = f"--dim {config.dim} --heads {config.heads} --kv-heads {config.kv_heads}"
         raise UserError(f"{shape}: each must divide the one before, and dim / heads be even")
@@ -156,8 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
         if flags.hf:
             hf.write(flags.hf, model, tokens)
         if flags.export:
-            settings = {"config": asdict(model.config), "codec": json.loads(describe(tokens))}
-            torch.save({**settings, "model": model.state_dict()}, flags.export)
+            about = {"config": asdict(model.config), "codec": json.loads(describe(tokens))}
+            torch.save({**about, "model": model.state_dict()}, flags.export)
     else:
         train(config)
 
@@ -242,8 +224,9 @@ def batch_of(
     if syntax:
         positions = stream.grammar.position(np.stack(stream.states([(start, start + context) for start in starts])))
     tokens, positions = map(torch.from_numpy, (tokens, positions))
-    if device.type == "cuda":
-        tokens, positions = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (tokens, positions))
+    if device.type == "cuda":  # from pinned memory it is copied while the GPU computes
+        tokens, positions = tokens.pin_memory(), positions.pin_memory()
+    tokens, positions = (tensor.to(device, non_blocking=True) for tensor in (tokens, positions))
     return tokens[:, :-1], positions, tokens[:, 1:]
 
 
@@ -292,13 +275,12 @@ def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device)
     """Bits an image and bits a byte over the whole validation set, each document in a row of its own; `legal` bits are
     those of the tokens that the grammar allows."""
     model.eval()
-    pieces = []
-    for begin, end in zip(stream.documents, stream.documents[1:], strict=False):
-        pieces += [(int(at), int(min(at + config.context + 1, end))) for at in range(begin, end - 1, config.context)]
+    pieces, batches = [], []
+    for begin, end in pairwise(stream.documents.tolist()):
+        pieces += [(at, min(at + config.context + 1, end)) for at in range(begin, end - 1, config.context)]
     pieces.sort(key=lambda piece: piece[0] - piece[1])  # the longest first: little padding
-    tokens_at_once, batches = config.micro * config.context, []
     while pieces:
-        count = max(1, tokens_at_once // (pieces[0][1] - pieces[0][0]))
+        count = max(1, config.micro * config.context // (pieces[0][1] - pieces[0][0]))
         batches.append(pieces[:count])
         pieces = pieces[count:]
     found, grammar = [], on(device, stream.grammar)
@@ -388,6 +370,18 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
     say(f"{parameters:,} parameters; {len(rows):,} rows of {config.context} tokens, {epochs:.1f} epochs")
     say(f"step {step} of {config.steps} on {world()} x {device.type}")
 
+    def due() -> bool:
+        return step % config.every == 0 or step == config.steps
+
+    def report() -> None:
+        with torch.compiler.set_stance("force_eager"):  # lengths vary: compiling anew for each would take longer
+            result = evaluate(model, streams["val"], config, device)
+            log.write({"step": step, **{f"val_{name}": value for name, value in result.items()}})
+            say(VALIDATION.format(step=step, **result))
+            show(model, tokens, out, step, config, log)
+
+    if step and due() and "val_bits_per_byte" not in log.records[-1]:  # a kill came between the checkpoint and this
+        report()
     started, first, waiting = time.perf_counter(), step, []
     bar = tqdm(total=config.steps, initial=step, unit=" steps", disable=rank() != 0, smoothing=0.05)
     stopping = False
@@ -400,18 +394,16 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not torch.isfinite(norm):
-            where = f"step {step}, rows {numbers.tolist()}"
-            raise UserError(
-                f"the gradient is {norm.item()}, the loss {loss.item()} at {where}: lower --lr or look at them"
-            )
+            found = f"{norm.item()}, the loss {loss.item()} at step {step}, rows {numbers.tolist()}"
+            raise UserError(f"the gradient is {found}: lower --lr or look at them")
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         waiting.append(loss)
         bar.update()
         stopping = stop.agreed(device)
-        due = step % config.every == 0 or step == config.steps
-        saving = due or stopping or step % (config.save_every or config.every) == 0
+        saving = stopping or due() or step % (config.save_every or config.every) == 0
+        saver.look()
         if step % config.log_every == 0 or saving:
             mean = (add_up(torch.stack(waiting).mean()) / world()).item()
             pace = (time.perf_counter() - started) / (step - first)
@@ -430,16 +422,12 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
             waiting = []
             log.write(record)
             say(LINE.format(**record))
-        if due:
-            pause = time.perf_counter()
-            with torch.compiler.set_stance("force_eager"):  # lengths vary: compiling anew for each would take longer
-                result = evaluate(model, streams["val"], config, device)
-                log.write({"step": step, **{f"val_{name}": value for name, value in result.items()}})
-                say(VALIDATION.format(step=step, **result))
-                show(model, tokens, out, step, config, log)
-            started += time.perf_counter() - pause
         if saving:
             saver.save(model, optimizer, step, config)
+        if due():
+            pause = time.perf_counter()
+            report()
+            started += time.perf_counter() - pause
     bar.close()
     saver.wait()
     if step < config.steps:
@@ -454,7 +442,7 @@ def build_model(config: Config, device: torch.device) -> Llama:
         model = Llama(config)
     for block in model.layers:
         if config.recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = MethodType(recomputed, block)
         if config.compile:
             block.compile()
     if dist.is_initialized():
@@ -464,19 +452,17 @@ def build_model(config: Config, device: torch.device) -> Llama:
     return model.train()
 
 
+def recomputed(block: Block, *arguments: object) -> Tensor:
+    """A block's forward pass that keeps its input alone, and is taken again in the backward pass."""
+    return checkpoint(Block.forward, block, *arguments, use_reentrant=False)
+
+
 def begin_from(model: Llama, tokens: Tokens, folder: Path, say) -> None:
     """Take the weights of a Llama folder; tokens that both know, by the bytes they stand for, keep their rows."""
     theirs, known = hf.read(folder, torch.device("cpu"))
-    state, ours = theirs.state_dict(), model.state_dict()
-    tables = ("embed_tokens.weight", "lm_head.weight")
+    state, tables = theirs.state_dict(), ("embed_tokens.weight", "lm_head.weight")
     same = ("dim", "layers", "heads", "kv_heads", "hidden", "rope_theta", "norm_eps", "qk_norm")
-    odd = [name for name in ours if name not in tables and name in state and state[name].shape != ours[name].shape]
-    if (
-        any(getattr(theirs.config, n) != getattr(model.config, n) for n in same)
-        or odd
-        or set(state) - set(ours)
-        or state[tables[0]].shape[1] != model.config.dim
-    ):
+    if any(getattr(theirs.config, name) != getattr(model.config, name) for name in same):
         shape = " ".join(f"--{name.replace('_', '-')} {getattr(theirs.config, name)}" for name in same[:-1])
         raise UserError(f"{folder} is a Llama of another shape: give {shape}")
     rows = {piece.tobytes(): row for row, piece in enumerate(known.expansions)}
@@ -497,32 +483,19 @@ def begin_from(model: Llama, tokens: Tokens, folder: Path, say) -> None:
 def open_run(out: Path, config: Config, tokens: Tokens) -> None:
     """Make the run folder, or refuse one whose run was another; note how the run was started."""
     out.mkdir(parents=True, exist_ok=True)
-    path, now = (
-        out / "config.json",
-        json.loads(json.dumps({**asdict(config), "codec": asdict(tokens.codec), "vocabulary": tokens.hash})),
-    )
+    path, now = out / "config.json", {**asdict(config), "codec": asdict(tokens.codec), "vocabulary": tokens.hash}
+    now = json.loads(json.dumps(now))  # as it will be read back
     if path.exists():
         free = {"out", "log_every", "every", "save_every", "samples", "keep"}  # these may change meanwhile
         free |= {"micro", "compile", "recompute", "sync_each_pass"}
-        before = json.loads(path.read_text())
-        if changed := differences(
-            *({k: v for k, v in settings.items() if k not in free} for settings in (before, now))
-        ):
-            raise UserError(
-                f"{out} is another run ({changed}): choose another --out, or give back what it was started with"
-            )
+        if changed := differences(json.loads(path.read_text()), now, free):
+            raise UserError(f"{out} is another run ({changed}): choose another --out, or repeat its settings")
     write_whole(path, json.dumps(now, indent=1).encode() + b"\n")
     for part in out.glob("step_*.part"):  # of a save that was killed
         shutil.rmtree(part)
-    git = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["echo"]
-    git = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
-    note = {
-        "time": time.strftime("%F %T"),
-        "command": sys.argv,
-        "commit": git.stdout.strip(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "processes": world(),
-    }
+    git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    note = {"time": time.strftime("%F %T"), "command": sys.argv, "commit": git.stdout.strip(), "processes": world()}
+    note["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     with open(out / "started.jsonl", "a") as file:
         file.write(json.dumps(note) + "\n")
     shutil.copy(Path(config.data, "codec.json"), out)
@@ -544,9 +517,8 @@ def claim(out: Path) -> Iterator[None]:
         except OSError as error:
             print(f"note: {out} cannot be locked ({error.strerror}), so start no second run on it")
         file.truncate(0)
-        print(
-            "process", os.getpid(), "on", platform.node(), time.strftime("since %F %T"), end="", file=file, flush=True
-        )
+        file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
+        file.flush()
         yield
 
 
@@ -595,11 +567,12 @@ class Log:
 def show(model: Llama, tokens: Tokens, out: Path, step: int, config: Config, log: Log) -> None:
     """Write OUT/grids/STEP.png, a grid of what the model writes now, and OUT/loss.png."""
     model.eval()
-    begun, written, rows = [np.array([tokens.start])] * config.samples, [], at_once(model, config.context)
-    free = 1 + tokens.grammar.rest(0, tokens.grammar.first) > config.context  # then no whole picture fits
-    for first in range(0, config.samples, rows):
-        seeds = [(config.seed, i) for i in range(first, min(first + rows, config.samples))]
-        written += generate(model, tokens, begun[first : first + rows], seeds, free=bool(free))
+    device = model.lm_head.weight.device
+    written, free = [], bool(1 + tokens.grammar.rest(0, tokens.grammar.first) > config.context)  # no whole one fits
+    with gathered(model, device):
+        for numbers in chunks(range(config.samples), min(gather(at_once(model, config.context)))):
+            begun, seeds = [np.array([tokens.start])] * len(numbers), [(config.seed, i) for i in numbers]
+            written += generate(model, tokens, begun, seeds, free=free, over=lambda done: not add_up((~done).sum()))
     model.train()
     if rank() == 0:
         (out / "grids").mkdir(exist_ok=True)
@@ -680,14 +653,14 @@ def plan(config: Config) -> str:
     parameters, _ = count(config)
     flops, step = flops_of(config, parameters), config.batch * config.context
     lines = [
-        f"{parameters:,} parameters; {flops / 1e9:.1f} GFLOP a token (6 N + 12 layers dim context)",
+        f"{parameters:,} parameters; {flops / 1e9:.3g} GFLOP a token (6 N + 12 layers dim context)",
         f"a step: {config.batch} rows of {config.context:,}, {step:,} tokens; {config.steps:,} steps, "
         f"{config.steps * step / 1e9:.3g} billion tokens; "
         f"{PAPER_TOKENS / step:,.0f} steps to the paper's {PAPER_TOKENS / 1e9:.0f} billion",
-        f"GB a GPU, {config.micro} rows a pass; days to the paper's tokens at {PLANNED:.0%} of an H100's peak each",
+        f"GB a GPU, {config.micro} rows a pass or fewer; days to the paper's tokens at {PLANNED:.0%} of an H100's peak",
         "".join(f"{name:>12}" for name in ("GPUs", *memory_plan(config, 1), "days")),
     ]
-    for gpus in (1, 8, 64, 256):
+    for gpus in (gpus for gpus in (1, 8, 64, 256) if config.batch % gpus == 0):
         gb = [size / 1e9 for size in memory_plan(config, gpus).values()]
         days = PAPER_TOKENS * flops / (PLANNED * PEAKS["H100"] * gpus) / 86_400
         lines.append(f"{gpus:>12}" + "".join(f"{value:>12,.2f}" for value in gb) + f"{days:>12,.1f}")
@@ -705,14 +678,16 @@ def memory_plan(config: Config, gpus: int) -> dict[str, float]:
     """Bytes a GPU, by what they hold, and in all.
 
     Kept in float32 and split over the GPUs: weights, gradients, two moments.  Whole on each GPU in bf16: the tables of
-    tokens, and two blocks, one at work and one on its way; in float32 the gradients of one, or of all while those of
-    more than one pass are added up, unless `sync_each_pass`.  Activations in bf16: see `activations`.
+    tokens, and two blocks, one at work and one on its way with its buffer; the gradients of one, which leave in
+    float32 while those before are still under way.  And in float32 all gradients, while those of more than one pass are
+    added up, unless `sync_each_pass`.  Activations in bf16: see `activations`.
     """
+    config = replace(config, micro=min(config.micro, max(1, config.batch // gpus)))
     parameters, block = count(config)
     kept, added_up = 4 * parameters / gpus, config.batch > gpus * config.micro and not config.sync_each_pass
-    whole = 2 * (parameters - config.layers * block) + 2 * 2 * block + 4 * (parameters if added_up else block)
-    parts = {"weights": kept, "gradients": kept, "moments": 2 * kept, "activations": activations(config, 2)}
-    parts["whole"] = whole
+    whole = 2 * (parameters - config.layers * block) + (3 * 2 + 2 + 2 * 4) * block + 4 * parameters * added_up
+    parts = {"weights": kept, "gradients": kept, "moments": 2 * kept}
+    parts |= {"activations": activations(config, 2), "whole": whole}
     return parts | {"in all": sum(parts.values())}
 
 
@@ -752,7 +727,9 @@ class Saver:
         self.wait()
         weights, moments = get_state_dict(model, optimizer)
         state, part = {"model": weights, "optimizer": moments, "step": step}, self.out / f"step_{step:08d}.part"
-        written = dcp.async_save(state, checkpoint_id=part, process_group=self.group)
+        writer = dcp.FileSystemWriter(part, per_thread_copy_ahead=0)  # the copy is on the CPU: no stream to wait for
+        stager = DefaultStager(StagingOptions(False, False, False, False))  # a plain copy
+        written = dcp.async_save(state, storage_writer=writer, async_stager=stager, process_group=self.group)
         self.pending = self.thread.submit(self.commit, written, part, config)
 
     def commit(self, written: Future, part: Path, config: Config) -> None:
@@ -776,9 +753,13 @@ class Saver:
                     shutil.rmtree(old)
         except (OSError, CheckpointException) as error:
             shutil.rmtree(part, ignore_errors=True)
-            raise UserError(
-                f"could not save {path} ({cause(error)}): make room and continue from the one before, which is whole"
-            ) from None
+            advice = "make room and continue from the one before, which is whole"
+            raise UserError(f"could not save {path} ({cause(error)}): {advice}") from None
+
+    def look(self) -> None:
+        """Whether the thread is done, or has failed: better now than at the next save.  Errors: UserError."""
+        if self.pending and self.pending.done():
+            self.wait()
 
     def wait(self) -> None:
         """Until the last checkpoint is there.  Errors: UserError where it could not be written."""
@@ -788,11 +769,9 @@ class Saver:
 
 
 def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)  # of a file or a folder
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, say) -> int:
@@ -801,7 +780,7 @@ def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer, s
     def damage_anywhere(checkpoint: Path) -> str | None:  # each process reads its share of the files
         return next(filter(None, gather(damage(checkpoint, slice(rank(), None, world())))), None)
 
-    path = newest(out, say, damage_anywhere)
+    path = newest(gather(checkpoints(out))[0], say, damage_anywhere)
     if path is None:
         return 0
     weights, moments = get_state_dict(model, optimizer)
@@ -855,16 +834,30 @@ def add_up(value: Tensor) -> Tensor:
     return value
 
 
-def sync_gradients(model: Llama, on: bool) -> None:
+def sync_gradients(model: Llama, now: bool) -> None:
     if dist.is_initialized():
-        model.set_requires_gradient_sync(on)
+        model.set_requires_gradient_sync(now)
+
+
+@contextmanager
+def gathered(model: Llama, device: torch.device) -> Iterator[None]:
+    """Keep every block whole, for many short passes, where all of them fill no more than half a GPU."""
+    size = sum(weight.numel() for weight in model.parameters()) * precision(device).itemsize
+    fits = device.type != "cuda" or size <= torch.cuda.get_device_properties(device).total_memory // 2
+    blocks = model.layers if dist.is_initialized() and fits else []
+    for block in blocks:
+        block.set_reshard_after_forward(False)
+    yield
+    for block in blocks:
+        block.set_reshard_after_forward(True)
+        block.reshard()
 
 
 def shard(model: Llama, device: torch.device) -> None:
     """FSDP2: split every weight over the processes, block by block; compute in bf16 where there is a GPU for it, keep
     the weights, their gradients' sums and their moments in float32."""
     mesh = init_device_mesh(device.type, (world(),))
-    policy = MixedPrecisionPolicy(param_dtype=precision(device), reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(precision(device), torch.float32, cast_forward_inputs=False)
     for module in [*model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # plain sums: averages are not to be had from every version of gloo

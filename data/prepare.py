@@ -40,28 +40,11 @@ from codec import (
     encoder,
     fingerprint,
     learn_pairs,
-    name_of,
     run,
     save_tokens,
 )
 
-FORMATS = [
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "AVIF",
-    "JPEG2000",
-    "PPM",
-    "TGA",
-    "DIB",
-    "ICO",
-    "PCX",
-    "PSD",
-    "SGI",
-]
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 PPM TGA DIB ICO PCX PSD SGI".split()  # noqa: SIM905
 # EPS is not among them, since Pillow starts a program for it
 LARGEST_FILE = 256 << 20  # bytes
 PART = 8192  # files: what an interruption loses at most
@@ -136,9 +119,7 @@ def read_square(data: bytes, size: int) -> np.ndarray:
                     raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS // 10**6} megapixels")
                 if min(image.size) < size:
                     raise Unusable(f"smaller than {size} pixels")
-                image.draft(
-                    None, (2 * size, 2 * size)
-                )  # a large JPEG is decoded at 1/2, 1/4 or 1/8, never below twice the size
+                image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2 to 1/8, never below this
                 ImageOps.exif_transpose(image, in_place=True)
                 image = to_rgb(image)
     except Unusable:
@@ -233,17 +214,14 @@ def tokenize(
     path: Path, tokens: Tokens, first: int, validation: float
 ) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """What a worker makes of a part that begins with document `first`: {split: (stream, lengths, symbols)}."""
-    documents, splits = read_documents(path, tokens.dtype), {}
-    for split in ("train", "val"):
+    chosen, splits = {"train": [], "val": []}, {}
+    for i, document in enumerate(read_documents(path, tokens.dtype), first):
         # every (1 / validation)-th document validates: exact in number, and fair to every folder
-        chosen = [
-            d
-            for i, d in enumerate(documents, first)
-            if (int((i + 1) * validation) > int(i * validation)) == (split == "val")
-        ]
-        pieces = [tokens.encode(piece) for piece in chunks(chosen, TASK)]
-        if pieces:
-            splits[split] = (*map(np.concatenate, zip(*pieces, strict=True)), sum(map(len, chosen)))
+        chosen["val" if int((i + 1) * validation) > int(i * validation) else "train"].append(document)
+    for split, documents in chosen.items():
+        if documents:
+            pieces = [tokens.encode(piece) for piece in chunks(documents, TASK)]
+            splits[split] = (*map(np.concatenate, zip(*pieces, strict=True)), sum(map(len, documents)))
     return splits
 
 
@@ -254,13 +232,8 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
     for item in walk(source):
         listing.update(f"{item.name}\0{item.length}\n".encode(errors="surrogateescape"))
         files += 1
-    settings = {"codec": name_of(codec), **asdict(codec), "vocab": vocab, "val": validation}
-    settings |= {
-        "encoder": fingerprint(codec),
-        "source": str(source.resolve()),
-        "files": files,
-        "listing": listing.hexdigest()[:16],
-    }
+    settings = {"codec": codec.name, **asdict(codec), "vocab": vocab, "val": validation, "encoder": fingerprint(codec)}
+    settings |= {"source": str(source.resolve()), "files": files, "listing": listing.hexdigest()[:16]}
     parts = out / "parts"
     for place in (out / "report.json", parts / "settings.json"):
         if place.exists():
@@ -285,7 +258,8 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
                 else:
                     encode_part(paths[-1], codec, items, pool, workers, bar)
         lengths = [np.load(path.with_suffix(".lengths.npy")) for path in paths]
-        skipped = Counter(line.split("\t")[0] for path in paths for line in open_text(path.with_suffix(".skipped")))
+        lists = [path.with_suffix(".skipped").read_bytes() for path in paths]
+        skipped = Counter(line.split(b"\t")[0].decode() for lines in lists for line in lines.splitlines())
         documents, symbols = sum(map(len, lengths)), sum(int(length.sum(dtype=np.int64)) for length in lengths)
         if int(documents * validation) < 1 or documents < 2:
             reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.most_common()) or "none skipped"
@@ -315,24 +289,15 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
                 sha = digest(out / f"{name}.npy", out / f"{name}.lengths.npy")
                 shards[name] = {"documents": len(sizes), "tokens": len(stream), "symbols": covered, "sha256": sha}
 
-    with open(out / "skipped.txt", "wb") as file:
-        file.writelines(path.with_suffix(".skipped").read_bytes() for path in paths)
+    (out / "skipped.txt").write_bytes(b"".join(lists))
     save_tokens(out, tokens)
-    report = {
-        "settings": settings,
-        "skipped": dict(skipped),
-        "encoder": encoder(),
-        "seconds": round(time.time() - started, 1),
-    }
-    (out / "report.json").write_text(
-        json.dumps({**report, "shards": shards}, indent=1) + "\n"
-    )  # last: now the folder is whole
+    report = {"settings": settings, "skipped": dict(skipped), "encoder": encoder(), "shards": shards}
+    report["seconds"] = round(time.time() - started, 1)
+    write_whole(out / "report.json", json.dumps(report, indent=1).encode() + b"\n")  # last: now the folder is whole
     shutil.rmtree(parts)
+    reasons = "".join(f", {number} {reason}" for reason, number in skipped.most_common())
     print(f"{out}: {documents:,} documents of {symbols / documents:,.0f} symbols, {tokens.vocab} tokens", end="; ")
-    print(
-        f"{sum(skipped.values())} of {files:,} files skipped"
-        + "".join(f", {n} {why}" for why, n in skipped.most_common())
-    )
+    print(f"{skipped.total()} of {files:,} files skipped{reasons}")
 
 
 def digest(*paths: Path) -> str:
@@ -340,8 +305,7 @@ def digest(*paths: Path) -> str:
     sha = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                sha.update(piece)
+            hashlib.file_digest(file, lambda: sha)
     return sha.hexdigest()
 
 
@@ -355,11 +319,6 @@ def write_whole(path: Path, data: bytes) -> None:
 def cores() -> int:
     """Those that this process may use, which in a container are fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def open_text(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        yield from file
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -376,14 +335,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_fields(codec())
     flags = parser.parse(arguments)
     kind = CODECS[flags.codec]
-    given = vars(flags)
     if not flags.source.is_dir():
         raise UserError(f"{flags.source} is not a folder: name a folder of images or of .tar files")
     if not 0 < flags.val < 1 or flags.workers < 1:
-        raise UserError(
-            f"--val {flags.val} --workers {flags.workers}: the first is between 0 and 1, the second at least 1"
-        )
-    codec = kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
+        given = f"--val {flags.val} --workers {flags.workers}"
+        raise UserError(f"{given}: the first is between 0 and 1, the second at least 1")
+    codec = kind(**{field.name: getattr(flags, field.name) for field in fields(kind) if field.name in flags})
     prepare(flags.source, flags.out, codec, flags.vocab, flags.val, flags.workers)
 
 

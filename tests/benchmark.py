@@ -8,6 +8,7 @@ What is compared runs in turn, A B A B, after one warm-up each, so that other lo
 
 import argparse
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -270,7 +271,7 @@ def saving() -> None:
     emit("saving base", {name: statistics.median(values) for name, values in seconds.items()}, "s", gb=round(size, 2))
 
 
-MATRICES = ("gemm", "cutlass", "nvjet", "cublas", "mm")  # in the names of kernels
+MATRICES = ("gemm", "cutlass", "nvjet", "cublas", "_mm")  # in the names of kernels
 ATTENTION = ("flash", "fmha", "attention", "cudnn_generated")
 
 
@@ -282,13 +283,14 @@ def scale() -> None:
     device = train.start()
     room = torch.cuda.get_device_properties(device).total_memory
     for name in ("base", "1b", "7b"):
-        config = replace(train.CONFIGS[name], batch=train.CONFIGS[name].micro)
+        config = replace(train.CONFIGS[name], batch=train.CONFIGS[name].micro, syntax=False)
         planned = train.memory_plan(config, 1)["in all"]
         if planned > room:
             print(f"{name}: needs {planned / 1e9:.0f} GB of {room / 1e9:.0f}", file=sys.stderr)
             continue
         emit(f"step of {name}", **at_scale(config, device), planned_gb=round(planned / 1e9, 1))
         torch._dynamo.reset()
+        gc.collect()  # FSDP's modules refer to each other
         torch.cuda.empty_cache()
 
 

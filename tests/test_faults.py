@@ -21,7 +21,7 @@ from conftest import ROOT, RUN, command, config, losses, validation
 import train as module
 from codec import UserError, load_tokens
 from data.prepare import digest
-from sample import damage, newest
+from sample import checkpoints, damage, newest
 from train import Stream, train
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -80,7 +80,7 @@ SAVING = """
 import os, pathlib, random, signal, sys, time
 import torch
 import train
-from sample import newest
+from sample import checkpoints, newest
 from codec import load_tokens
 
 data, out = map(pathlib.Path, sys.argv[1:])
@@ -103,13 +103,13 @@ for trial in range(50):
     try:
         while time.time() < deadline and step <= last:
             time.sleep(0.01)
-            path = newest(out, str)
+            path = newest(checkpoints(out), str)
             step = int(path.name[5:]) if path else last
         time.sleep(random.uniform(0, 0.1))
     finally:  # whatever happens, no child is left behind
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    step = int(newest(out, str).name[5:])
+    step = int(newest(checkpoints(out), str).name[5:])
     lost += step <= last
     last = step
 print("lost", lost, "of 50, saved", last)
@@ -145,7 +145,7 @@ def test_a_run_continues_on_another_number_of_processes(prepared, finished, tmp_
                     os.kill(pid, signal.SIGKILL)
             process.poll()
         process.wait()
-        assert int(newest(tmp_path / "run").name[5:]) >= steps, process.stderr.read()
+        assert int(newest(checkpoints(tmp_path / "run")).name[5:]) >= steps, process.stderr.read()
     train(config(prepared, tmp_path / "run"))
     for step, loss in losses(finished).items():
         assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-6)
@@ -182,12 +182,12 @@ def test_200_flipped_bytes_of_a_checkpoint_are_all_found(finished, tmp_path):
         path.write_bytes(flipped)
         assert damage(latest) is not None, path
         if trial < len(files):
-            assert newest(tmp_path / "run", said.append).name == "step_00000008"
+            assert newest(checkpoints(tmp_path / "run"), said.append).name == "step_00000008"
             assert "step_00000012 is damaged" in said[-1]
             path.write_bytes(original[:-1])
             assert damage(latest) is not None, path
         path.write_bytes(original)
-    assert newest(tmp_path / "run", said.append) == latest
+    assert newest(checkpoints(tmp_path / "run"), said.append) == latest
 
 
 def test_a_damaged_shard_is_named(prepared, tmp_path):
@@ -247,7 +247,7 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint(prepared, finished, 
     """The run folder lies on a disk that has no room for a second checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    room = sum(path.stat().st_size for path in newest(finished).iterdir()) * 3 // 2
+    room = sum(path.stat().st_size for path in newest(checkpoints(finished)).iterdir()) * 3 // 2
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting a small disk is not permitted here")
     try:
@@ -255,7 +255,7 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint(prepared, finished, 
         saved = sorted(path.name for path in (disk / "run").glob("step_*"))
         assert result.returncode == 2 and "could not save" in result.stderr and "Traceback" not in result.stderr
         assert saved and not any(name.endswith(".part") for name in saved)
-        assert newest(disk / "run").name == saved[-1]
+        assert newest(checkpoints(disk / "run")).name == saved[-1]
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -269,7 +269,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_continues(prepared, finished, 
     wait_for(tmp_path / "run", 2, process)
     process.send_signal(number)
     assert process.wait(60) == 0
-    step = int(newest(tmp_path / "run").name[5:])
+    step = int(newest(checkpoints(tmp_path / "run")).name[5:])
     assert 2 <= step < 12 and f"stopped and saved at step {step}" in process.stdout.read()
     train(config(prepared, tmp_path / "run"))
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-6)
@@ -281,7 +281,7 @@ def test_all_processes_stop_at_the_same_step(prepared, finished, tmp_path):
     wait_for(tmp_path / "run", 2, process)
     process.send_signal(signal.SIGTERM)
     process.wait(60)
-    step = int(newest(tmp_path / "run").name[5:])
+    step = int(newest(checkpoints(tmp_path / "run")).name[5:])
     assert 2 <= step < 12 and f"stopped and saved at step {step}" in process.stdout.read()
     train(config(prepared, tmp_path / "run"))
     for number, loss in losses(finished).items():
@@ -341,14 +341,14 @@ def test_a_nan_on_one_process_stops_all_before_the_step(prepared, tmp_path):
     result, seconds = fail(prepared, tmp_path, "loss = loss * float('nan')")
     assert result.returncode and seconds < 20  # 1 to 2 s, and torchrun's own, when nothing else runs
     assert result.stderr.count("the gradient is nan, the loss") == 2  # both say so
-    assert newest(tmp_path / "run").name == "step_00000004" and max(losses(tmp_path / "run")) == 5
+    assert newest(checkpoints(tmp_path / "run")).name == "step_00000004" and max(losses(tmp_path / "run")) == 5
 
 
 def test_one_dead_process_leaves_none_behind(prepared, tmp_path):
     result, seconds = fail(prepared, tmp_path, "os._exit(9)")
     assert result.returncode and seconds < 60
     assert running(tmp_path) == []
-    assert newest(tmp_path / "run").name == "step_00000004"
+    assert newest(checkpoints(tmp_path / "run")).name == "step_00000004"
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(prepared, tmp_path, monkeypatch):
@@ -362,7 +362,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(prepared, tmp_path,
     monkeypatch.setattr(module, "cross_entropy", broken)
     with pytest.raises(UserError, match=r"the gradient is nan, the loss nan at step 4, rows \[\d+"):
         train(settings)
-    assert newest(tmp_path / "run").name == "step_00000004"
+    assert newest(checkpoints(tmp_path / "run")).name == "step_00000004"
 
 
 # --- two runs -------------------------------------------------------------------------------------------------------

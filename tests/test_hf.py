@@ -11,7 +11,7 @@ import hf
 from codec import JPEG, UserError
 from data.shapes import draw
 from model import Llama, ModelConfig
-from sample import newest, read_run
+from sample import checkpoints, newest, read_run
 from train import train
 
 transformers = pytest.importorskip("transformers")
@@ -124,7 +124,7 @@ def test_training_begins_with_given_weights(plain, prepared, tmp_path):
 
 def test_published_folders_write_files_and_continue_to_train(published, prepared, tmp_path):
     model, tokens = hf.read(published, torch.device("cpu"))
-    assert newest(published) is None and tokens.grammar.mcus == 256
+    assert newest(checkpoints(published)) is None and tokens.grammar.mcus == 256
     sizes = {"dim": 256, "layers": 2, "heads": 32, "kv-heads": 32, "hidden": 352, "steps": 2, "every": 2}
     shape = ["--no-syntax", *(f"--{name}={value}" for name, value in sizes.items())]
     train(config(prepared, tmp_path / "run", *shape, "--init", str(published)))

@@ -159,6 +159,28 @@ def test_z_loss_adds_the_square_of_the_denominators_logarithm(prepared, tmp_path
     torch.testing.assert_close(grads[1] - grads[0], model.lm_head.weight.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_recomputed_blocks_are_compiled_too(prepared, tmp_path, monkeypatch):
+    """All blocks share one graph: torch passes over what it cannot compile without a word."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_(block, backend="aot_eager"))
+    settings = replace(config(prepared, tmp_path, "--compile", "--recompute"), vocab=300)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = module.build_model(settings, torch.device("cpu"))
+    model(torch.zeros(2, 256, dtype=torch.long)).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(prepared, finished, tmp_path):
+    """A checkpoint is written while its step is evaluated: a kill may leave the one without the other."""
+    shutil.copytree(finished, tmp_path / "run")
+    lines = (finished / "log.jsonl").read_text().splitlines()
+    assert "val_bits_per_image" in lines[-1]
+    (tmp_path / "run" / "log.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    train(config(prepared, tmp_path / "run"))
+    assert validation(tmp_path / "run") == validation(finished)
+
+
 def test_recomputing_changes_nothing(prepared, finished, tmp_path):
     train(config(prepared, tmp_path / "run", "--recompute"))
     assert losses(tmp_path / "run") == losses(finished)
@@ -189,7 +211,7 @@ def test_too_little_data_is_refused(prepared, tmp_path):
 def test_every_preset_has_a_plan():
     for name in CONFIGS:
         text = module.plan(parse(["--config", name])[0])
-        assert len(text.splitlines()) == 8 and "nan" not in text
+        assert 5 <= len(text.splitlines()) <= 8 and "nan" not in text
     text = module.plan(CONFIGS["7b"])
     assert "6,478,893,056 parameters; 58.2 GFLOP a token" in text
 
