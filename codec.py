@@ -1,7 +1,7 @@
 """Pixels to the bytes of a file to tokens, and back: what the model reads and writes.
 
 An image is already a sequence of symbols: its file.  Han et al. 2024, JPEG-LM (arXiv:2408.08459), train a language
-model on just those bytes.  Three steps, each exactly undone by the one below it:
+model on just those bytes.  Two steps, of which the second is undone exactly, the first as far as JPEG allows:
 
     pixels (H, W, 3) uint8    a canonical codec: the same pixels always give the same file
       symbols (n,) uint8      its bytes, without those that are the same in every file

@@ -334,6 +334,7 @@ def train(config: Config) -> None:
 
 
 def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> None:
+    """Read rows, add up their gradients, step; log, save, evaluate and draw when it is time."""
     out = Path(config.out)
     say = tqdm.write if rank() == 0 else lambda *_, **__: None
     tokens = load_tokens(Path(config.data))
@@ -380,7 +381,7 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
             say(VALIDATION.format(step=step, **result))
             show(model, tokens, out, step, config, log)
 
-    if step and due() and "val_bits_per_byte" not in log.records[-1]:  # a kill came between the checkpoint and this
+    if step and due() and not any("val_bits_per_byte" in record for record in log.records[-1:]):  # a kill came between
         report()
     started, first, waiting = time.perf_counter(), step, []
     bar = tqdm(total=config.steps, initial=step, unit=" steps", disable=rank() != 0, smoothing=0.05)
@@ -463,7 +464,10 @@ def begin_from(model: Llama, tokens: Tokens, folder: Path, say) -> None:
     state, tables = theirs.state_dict(), ("embed_tokens.weight", "lm_head.weight")
     same = ("dim", "layers", "heads", "kv_heads", "hidden", "rope_theta", "norm_eps", "qk_norm")
     if any(getattr(theirs.config, name) != getattr(model.config, name) for name in same):
-        shape = " ".join(f"--{name.replace('_', '-')} {getattr(theirs.config, name)}" for name in same[:-1])
+        shape = (
+            " ".join(f"--{name.replace('_', '-')} {getattr(theirs.config, name)}" for name in same[:-1])
+            + " --no-qk-norm"
+        )
         raise UserError(f"{folder} is a Llama of another shape: give {shape}")
     rows = {piece.tobytes(): row for row, piece in enumerate(known.expansions)}
     places = [rows.get(piece.tobytes(), -1) for piece in tokens.expansions] + [known.start, known.end]
@@ -657,7 +661,7 @@ def plan(config: Config) -> str:
         f"a step: {config.batch} rows of {config.context:,}, {step:,} tokens; {config.steps:,} steps, "
         f"{config.steps * step / 1e9:.3g} billion tokens; "
         f"{PAPER_TOKENS / step:,.0f} steps to the paper's {PAPER_TOKENS / 1e9:.0f} billion",
-        f"GB a GPU, {config.micro} rows a pass or fewer; days to the paper's tokens at {PLANNED:.0%} of an H100's peak",
+        f"GB a GPU, at most {config.micro} rows a pass; days to the paper's tokens at {PLANNED:.0%} of an H100's peak",
         "".join(f"{name:>12}" for name in ("GPUs", *memory_plan(config, 1), "days")),
     ]
     for gpus in (gpus for gpus in (1, 8, 64, 256) if config.batch % gpus == 0):

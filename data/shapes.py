@@ -3,7 +3,7 @@
     python -m data.shapes                                            # data/shapes, which train.py makes if it is absent
     python -m data.shapes data/shapes32 --size 32 --count 20000
 
-OUT/pictures receives the drawings as PNGs, OUT the tokens that `data.prepare` makes of them.
+OUT-pictures receives the drawings as PNGs, OUT the tokens that `data.prepare` makes of them.
 """
 
 import math
