@@ -1,6 +1,7 @@
 """Nothing lost, nothing silently wrong: every fault is made for real, most of them with kill."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pickle
@@ -139,12 +140,14 @@ def test_a_run_continues_on_another_number_of_processes(prepared, finished, tmp_
             text=True,
         )
         wait_for(tmp_path / "run", steps, process, saved=True)
-        while left := running(tmp_path):  # until the last has ended and let go of the folder
+        while left := running(tmp_path):  # until the last has ended
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.poll()
         process.wait()
+        with open(tmp_path / "run" / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # until the kernel has let go of it, too, which a write may hold up
         assert int(newest(checkpoints(tmp_path / "run")).name[5:]) >= steps, process.stderr.read()
     train(config(prepared, tmp_path / "run"))
     for step, loss in losses(finished).items():
