@@ -11,12 +11,13 @@ import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 
 from codec import JPEG, Tokens, UserError, load_tokens, save_tokens
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, fill
 
 NAMES = {  # theirs and ours
     "vocab_size": "vocab",
@@ -59,18 +60,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     found = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        piece = data[8 + length + begin : 8 + length + end].clone()
-        found[name] = piece.view(FORMATS[entry["dtype"]]).reshape(entry["shape"])
+        piece, kind = data[8 + length + begin : 8 + length + end], FORMATS[entry["dtype"]]
+        piece = piece.clone() if (8 + length + begin) % kind.itemsize else piece  # numbers must not lie askew
+        found[name] = piece.view(kind).reshape(entry["shape"])
     return found
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, from one file or many.  Nothing in them is run."""
+    """All tensors of a folder, from one file or many, mapped where they can be.  Nothing in them is run."""
     state = {}
     for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
         try:
             if path.suffix == ".bin":
-                state |= torch.load(path, map_location="cpu", weights_only=True)
+                state |= torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             else:
                 state |= read_safetensors(path)
         except (ValueError, LookupError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
@@ -173,9 +175,21 @@ def write(folder: Path, model: Llama, tokens: Tokens) -> None:
 
 
 def read(folder: Path, device: torch.device) -> tuple[Llama, Tokens]:
-    """A Llama folder, in float32; its tokens come from codec.json, or from tokenizer.model and JPEGs of the paper.
+    """The model of a Llama folder, in float32, and its tokens.  Errors: those of `parts`."""
+    config, tokens, state = parts(folder)
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to_empty(device=device)
+    for name, weight in model.named_parameters():
+        fill(weight, state[name])
+    return model.eval(), tokens
 
-    Errors: UserError for what is no Llama, or has parts that ours has not.
+
+def parts(folder: Path) -> tuple[ModelConfig, Tokens, dict[str, Tensor]]:
+    """Shape, tokens and weights of a Llama folder, the weights as they lie in its files, which are mapped, not read.
+
+    The tokens come from codec.json, or from tokenizer.model and JPEGs of the paper.  Errors: UserError for what is no
+    Llama, or has parts that ours has not.
     """
     try:
         theirs = json.loads((folder / "config.json").read_text())
@@ -204,11 +218,8 @@ def read(folder: Path, device: torch.device) -> tuple[Llama, Tokens]:
             state[name] = state[name][torch.tensor(order)]
     config = ModelConfig(**{**ours, "vocab": tokens.vocab, "rope_theta": float(theta)})
     with torch.device("meta"):
-        model = Llama(config)
-    state = {name: tensor.float() for name, tensor in state.items()}
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        wanted = {name: tensor.shape for name, tensor in Llama(config).state_dict().items()}
     if {name: tensor.shape for name, tensor in state.items()} != wanted:
         odd = sorted(set(state) ^ set(wanted)) or [name for name in wanted if state[name].shape != wanted[name]]
         raise UserError(f"{folder} does not hold the weights of its config.json ({odd[0]} and {len(odd) - 1} more)")
-    model.load_state_dict(state, assign=True)
-    return model.to(device).eval(), tokens
+    return config, tokens, state

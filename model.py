@@ -125,7 +125,8 @@ class Block(nn.Module):
 def fill(weight: Tensor, whole: Tensor) -> None:
     """Write a whole matrix into a weight, or this process's part of it if the weight is sharded."""
     if isinstance(weight, DTensor):
-        same = DTensor.from_local(whole.to(weight.device), weight.device_mesh, [Replicate()], run_check=False)
+        whole = whole.to(weight.device, weight.dtype)
+        same = DTensor.from_local(whole, weight.device_mesh, [Replicate()], run_check=False)
         whole = same.redistribute(placements=weight.placements)  # each process cuts its part out, without a word
     weight.copy_(whole)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import hf
@@ -38,6 +39,9 @@ from model import Cache, Llama, ModelConfig
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that one process saves or reads alone is meant
 
 # --- generation -----------------------------------------------------------------------------------------------------
+
+# All kernels of attention but cuDNN's, which is built anew for each length: that pays in training alone.
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -79,7 +83,8 @@ def begin(grammar: Grammar, prompts: list[np.ndarray], length: int) -> None:
             raise UserError(f"{needs}: pass --free, or take a model of more context")
 
 
-@torch.inference_mode()
+@torch.no_grad()
+@sdpa_kernel(ANY_LENGTH)
 def generate(
     model: Llama,
     tokens: Tokens,
@@ -243,7 +248,9 @@ def load_checkpoint(checkpoint: Path, device: torch.device) -> tuple[Llama, Toke
     """The model of a checkpoint, whole, on one device, whatever number of processes wrote it, and its tokens."""
     saved = json.loads((checkpoint / "config.json").read_text())
     config = ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig) if field.name in saved})
-    model = Llama(config).to(device).eval()
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to_empty(device=device).eval()
     read_state({"model": model.state_dict()}, checkpoint)
     return model, load_tokens(checkpoint)
 

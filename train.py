@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -51,6 +52,7 @@ from codec import Flags, Grammar, Tokens, UserError, describe, differences, load
 from data.prepare import chunks, digest, write_whole
 from model import Block, Llama, ModelConfig, fill
 from sample import (
+    ANY_LENGTH,
     at_once,
     best_device,
     cause,
@@ -103,7 +105,7 @@ CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning
     "1b":    PAPER(dim=2048, layers=16, heads=32, kv_heads=8, hidden=8192),
     "7b":    PAPER(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),
     "13b":   PAPER(dim=5120, layers=40, heads=40, kv_heads=40, hidden=13_824, sync_each_pass=True),
-    "70b":   PAPER(dim=8192, layers=80, heads=64, kv_heads=8, hidden=28_672, sync_each_pass=True),
+    "70b":   PAPER(dim=8192, layers=80, heads=64, kv_heads=8, hidden=28_672, sync_each_pass=True, every=2000),
 }  # fmt: skip
 
 
@@ -270,7 +272,8 @@ def backward(
     return loss
 
 
-@torch.inference_mode()
+@torch.no_grad()
+@sdpa_kernel(ANY_LENGTH)
 def evaluate(model: Llama, stream: Stream, config: Config, device: torch.device) -> dict[str, float]:
     """Bits an image and bits a byte over the whole validation set, each document in a row of its own; `legal` bits are
     those of the tokens that the grammar allows."""
@@ -360,8 +363,12 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
         open_run(out, config, tokens)
     barrier()
     step = load_checkpoint(out, model, optimizer, say)
-    if config.init and not step:
+    if not step:
+        model.init_weights(config.seed)
+    if not step and config.init:
         begin_from(model, tokens, Path(config.init), say)
+    if long := (np.diff(streams["train"].documents) > config.context).mean():
+        say(f"note: {long:.0%} of the files are longer than --context {config.context}: the model never sees one whole")
     log = Log(out, step)
     parameters = sum(weight.numel() for weight in model.parameters())
     flops = flops_of(config, parameters)
@@ -438,7 +445,7 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
 
 
 def build_model(config: Config, device: torch.device) -> Llama:
-    """Meta, shard, allocate, then initialise: no process ever holds more than its part."""
+    """Meta, shard, then allocate: no process ever holds more than its part.  Drawing or reading weights comes next."""
     with torch.device("meta"):
         model = Llama(config)
     for block in model.layers:
@@ -448,31 +455,25 @@ def build_model(config: Config, device: torch.device) -> Llama:
             block.compile()
     if dist.is_initialized():
         shard(model, device)
-    model.to_empty(device=device)
-    model.init_weights(config.seed)
-    return model.train()
+    return model.to_empty(device=device).train()
 
 
 def recomputed(block: Block, *arguments: object) -> Tensor:
     """A block's forward pass that keeps its input alone, and is taken again in the backward pass."""
-    return checkpoint(Block.forward, block, *arguments, use_reentrant=False)
+    return checkpoint(Block.forward, block, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def begin_from(model: Llama, tokens: Tokens, folder: Path, say) -> None:
     """Take the weights of a Llama folder; tokens that both know, by the bytes they stand for, keep their rows."""
-    theirs, known = hf.read(folder, torch.device("cpu"))
-    state, tables = theirs.state_dict(), ("embed_tokens.weight", "lm_head.weight")
+    theirs, known, state = hf.parts(folder)
     same = ("dim", "layers", "heads", "kv_heads", "hidden", "rope_theta", "norm_eps", "qk_norm")
-    if any(getattr(theirs.config, name) != getattr(model.config, name) for name in same):
-        shape = (
-            " ".join(f"--{name.replace('_', '-')} {getattr(theirs.config, name)}" for name in same[:-1])
-            + " --no-qk-norm"
-        )
-        raise UserError(f"{folder} is a Llama of another shape: give {shape}")
+    if any(getattr(theirs, name) != getattr(model.config, name) for name in same):
+        shape = " ".join(f"--{name.replace('_', '-')} {getattr(theirs, name)}" for name in same[:-1])
+        raise UserError(f"{folder} is a Llama of another shape: give {shape} --no-qk-norm")
     rows = {piece.tobytes(): row for row, piece in enumerate(known.expansions)}
     places = [rows.get(piece.tobytes(), -1) for piece in tokens.expansions] + [known.start, known.end]
     shared = torch.tensor([row >= 0 for row in places])
-    for name in tables:
+    for name in ("embed_tokens.weight", "lm_head.weight"):
         fresh = torch.randn(len(places), model.config.dim, generator=torch.Generator().manual_seed(0)) * 0.02
         state[name] = torch.where(shared[:, None], state[name][torch.tensor(places)], fresh)
     for name, weight in model.named_parameters():
@@ -656,18 +657,19 @@ def plan(config: Config) -> str:
     """What a run takes, without allocating any of it: parameters, FLOPs, bytes a GPU, days."""
     parameters, _ = count(config)
     flops, step = flops_of(config, parameters), config.batch * config.context
+    run = config.steps * step
     lines = [
         f"{parameters:,} parameters; {flops / 1e9:.3g} GFLOP a token (6 N + 12 layers dim context)",
-        f"a step: {config.batch} rows of {config.context:,}, {step:,} tokens; {config.steps:,} steps, "
-        f"{config.steps * step / 1e9:.3g} billion tokens; "
-        f"{PAPER_TOKENS / step:,.0f} steps to the paper's {PAPER_TOKENS / 1e9:.0f} billion",
-        f"GB a GPU, at most {config.micro} rows a pass; days to the paper's tokens at {PLANNED:.0%} of an H100's peak",
-        "".join(f"{name:>12}" for name in ("GPUs", *memory_plan(config, 1), "days")),
+        f"a step: {config.batch} rows of {config.context:,}, {step:,} tokens",
+        f"{config.steps:,} steps: {run / 1e9:.3g} billion tokens; the paper's {PAPER_TOKENS / 1e9:.0f} billion: "
+        f"{PAPER_TOKENS / step:,.0f} steps",
+        f"GB a GPU, at most {config.micro} rows a pass; days of both at {PLANNED:.0%} of an H100's peak",
+        "".join(f"{name:>12}" for name in ("GPUs", *memory_plan(config, 1), "days", "the paper's")),
     ]
     for gpus in (gpus for gpus in (1, 8, 64, 256) if config.batch % gpus == 0):
         gb = [size / 1e9 for size in memory_plan(config, gpus).values()]
-        days = PAPER_TOKENS * flops / (PLANNED * PEAKS["H100"] * gpus) / 86_400
-        lines.append(f"{gpus:>12}" + "".join(f"{value:>12,.2f}" for value in gb) + f"{days:>12,.1f}")
+        days = [tokens * flops / (PLANNED * PEAKS["H100"] * gpus) / 86_400 for tokens in (run, PAPER_TOKENS)]
+        lines.append(f"{gpus:>12}" + "".join(f"{value:>12,.2f}" for value in (*gb, *days)))
     return "\n".join(lines)
 
 
@@ -681,17 +683,17 @@ def count(config: Config) -> tuple[int, int]:
 def memory_plan(config: Config, gpus: int) -> dict[str, float]:
     """Bytes a GPU, by what they hold, and in all.
 
-    Kept in float32 and split over the GPUs: weights, gradients, two moments.  Whole on each GPU in bf16: the tables of
-    tokens, and two blocks, one at work and one on its way with its buffer; the gradients of one, which leave in
-    float32 while those before are still under way.  And in float32 all gradients, while those of more than one pass are
-    added up, unless `sync_each_pass`.  Activations in bf16: see `activations`.
+    Kept in float32 and split over the GPUs: weights, two moments, and the gradients; those lie whole on each GPU while
+    more than one pass is added up, unless `sync_each_pass`.  Whole in bf16: the tables of tokens, and two blocks, one
+    at work and one on its way with its buffer; the gradients of one, which leave in float32 while those before are
+    still under way.  Activations in bf16: see `activations`.
     """
     config = replace(config, micro=min(config.micro, max(1, config.batch // gpus)))
     parameters, block = count(config)
     kept, added_up = 4 * parameters / gpus, config.batch > gpus * config.micro and not config.sync_each_pass
-    whole = 2 * (parameters - config.layers * block) + (3 * 2 + 2 + 2 * 4) * block + 4 * parameters * added_up
-    parts = {"weights": kept, "gradients": kept, "moments": 2 * kept}
-    parts |= {"activations": activations(config, 2), "whole": whole}
+    gathered = 2 * (parameters - config.layers * block) + (3 * 2 + 2 + 2 * 4) * block
+    parts = {"weights": kept, "gradients": 4 * parameters if added_up else kept, "moments": 2 * kept}
+    parts |= {"activations": activations(config, 2), "gathered": gathered}
     return parts | {"in all": sum(parts.values())}
 
 
@@ -719,12 +721,14 @@ class Saver:
     def __init__(self, out: Path):
         self.out, self.thread, self.pending = out, ThreadPoolExecutor(1), None
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None  # the thread's
+        self.stager = DefaultStager(StagingOptions(False, False, False, False))  # a plain copy, to the same memory
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.wait()
+        self.stager.close()
 
     def save(self, model: Llama, optimizer: torch.optim.Optimizer, step: int, config: Config) -> None:
         """Begin to write, when the checkpoint before is there."""
@@ -732,8 +736,7 @@ class Saver:
         weights, moments = get_state_dict(model, optimizer)
         state, part = {"model": weights, "optimizer": moments, "step": step}, self.out / f"step_{step:08d}.part"
         writer = dcp.FileSystemWriter(part, per_thread_copy_ahead=0)  # the copy is on the CPU: no stream to wait for
-        stager = DefaultStager(StagingOptions(False, False, False, False))  # a plain copy
-        written = dcp.async_save(state, storage_writer=writer, async_stager=stager, process_group=self.group)
+        written = dcp.async_save(state, storage_writer=writer, async_stager=self.stager, process_group=self.group)
         self.pending = self.thread.submit(self.commit, written, part, config)
 
     def commit(self, written: Future, part: Path, config: Config) -> None:

@@ -78,12 +78,9 @@ def emit(name: str, medians: dict[str, float], unit: str, ratio: float | None = 
 operators = None  # where missing ones are defined; they vanish with it
 
 
-def published_inception(state: dict[str, Tensor], dims: int) -> nn.Module:
-    """pytorch_fid's own network, from a full table of weights instead of a download; ImportError where not installed.
-
-    Only the pure Python of torchvision is used, so a build that does not match torch will do once the two operators
-    that it names while loading are defined.
-    """
+def complete_torchvision() -> None:
+    """Let a torchvision load that was not built for this torch, by defining the two operators that it names while
+    loading.  Its pure Python is all that pytorch_fid and transformers need.  ImportError where it is not installed."""
     global operators
     try:
         import torchvision  # noqa: F401
@@ -91,6 +88,11 @@ def published_inception(state: dict[str, Tensor], dims: int) -> nn.Module:
         operators = library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def published_inception(state: dict[str, Tensor], dims: int) -> nn.Module:
+    """pytorch_fid's own network, from a full table of weights instead of a download; ImportError where absent."""
+    complete_torchvision()
     import pytorch_fid.inception as published
 
     published.load_state_dict_from_url = lambda *_, **__: state
@@ -174,6 +176,7 @@ class RandomTokens:
 def step_of(config: train.Config, device: torch.device, rows: int) -> tuple[Callable[[], None], nn.Module]:
     """A whole step of training on some rows, as train.loop takes it, and the model."""
     model = train.build_model(config, device)
+    model.init_weights()
     optimizer, stream = train.build_optimizer(model, config), RandomTokens()
 
     def step() -> None:
@@ -230,7 +233,7 @@ def sharding() -> None:
                 out = Path(folder) / f"out{next(outs)}"
                 shape = f"--data {folder}/shapes --out {out} --batch {batch} --steps 100 --samples 1".split()
                 command = [sys.executable, *launcher, "train.py", *shape, "--every", "100", "--log-every", "100"]
-                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
                 quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
                 begun[out] = subprocess.Popen(command, env=environment, **quiet)
             speed = 0
@@ -254,6 +257,7 @@ def saving() -> None:
     """Seconds that a checkpoint of the base model holds training up, and until it is there."""
     config = replace(train.CONFIGS["base"], vocab=320)
     model = train.build_model(config, torch.device("cpu"))
+    model.init_weights()
     optimizer, seconds = train.build_optimizer(model, config), {"held up": [], "there": []}
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -272,7 +276,7 @@ def saving() -> None:
 
 
 MATRICES = ("gemm", "cutlass", "nvjet", "cublas", "_mm")  # in the names of kernels
-ATTENTION = ("flash", "fmha", "attention", "cudnn_generated")
+ATTENTION = ("flash", "fmha", "attention", "cudnn")
 
 
 def scale() -> None:
@@ -292,6 +296,7 @@ def scale() -> None:
         torch._dynamo.reset()
         gc.collect()  # FSDP's modules refer to each other
         torch.cuda.empty_cache()
+    torch.distributed.destroy_process_group()
 
 
 def at_scale(config: train.Config, device: torch.device) -> dict[str, object]:
@@ -311,7 +316,7 @@ def at_scale(config: train.Config, device: torch.device) -> dict[str, object]:
     activity = torch.profiler.ProfilerActivity  # kernels alone, for an operator's time is that of its kernels again
     with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profile:
         timed()
-    times = {"matrix products": 0.0, "attention": 0.0, "the rest": 0.0}
+    times = {"matrix products": 0.0, "attention": 0.0, "the rest": 1e-9}
     for event in profile.key_averages():
         spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         name = event.key.lower()
@@ -388,6 +393,7 @@ def sampling() -> None:
     tokens = learn_pairs(JPEG(), [JPEG().encode(draw(i)) for i in range(100)], 320)
     config = replace(train.CONFIGS["small"], vocab=tokens.vocab, positions=tokens.grammar.positions)
     model, begun = train.build_model(config, torch.device("cpu")).eval(), [np.array([tokens.start])] * 64
+    model.init_weights()
     seeds, steps = [(0, i) for i in range(64)], 500
     rows = torch.from_numpy(np.stack(sample.generate(model, tokens, begun, seeds, length=steps)).astype(np.int64))
     grammar, logits = sample.on(torch.device("cpu"), tokens.grammar), torch.randn(64, tokens.vocab)

@@ -1,20 +1,29 @@
 """Real files for the tests that want them, and a small data folder for those that train."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of all processes: bit for bit on the CPU, however many there are
+import torch
 from hypothesis import settings
 from PIL import Image
 
 from codec import JPEG
 from data.prepare import prepare
 from data.shapes import draw
-from train import Config, parse, train
+from model import Llama
+from tests.benchmark import complete_torchvision
+from train import Config, build_model, parse, train
 
+with contextlib.suppress(ImportError):
+    complete_torchvision()  # before transformers meets it
 ROOT = Path(__file__).parents[1]
 settings.register_profile("any machine", deadline=None)  # speed is for tests.benchmark
 settings.load_profile("any machine")
@@ -57,6 +66,13 @@ RUN = """
 
 def config(data: Path, out: Path, *more: str) -> Config:
     return parse(["--data", str(data), "--out", str(out), *RUN, *more])[0]
+
+
+def fresh(settings: Config) -> Llama:
+    """A model as training begins with it."""
+    model = build_model(settings, torch.device("cpu"))
+    model.init_weights(settings.seed)
+    return model
 
 
 def losses(out: Path) -> dict[int, float]:
