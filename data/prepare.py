@@ -278,7 +278,7 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
 
         firsts = np.cumsum([0, *map(len, lengths)])
         tasks = [(path, tokens, int(first), validation) for path, first in zip(paths, firsts, strict=False)]
-        shards = {}
+        shards, longest = {}, 0
         for number, splits in enumerate(
             tqdm(in_order(pool, tokenize, tasks, workers), "tokenize", len(tasks), unit=" parts")
         ):
@@ -288,6 +288,7 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
                 np.save(out / f"{name}.lengths.npy", sizes.astype(np.uint32))
                 sha = digest(out / f"{name}.npy", out / f"{name}.lengths.npy")
                 shards[name] = {"documents": len(sizes), "tokens": len(stream), "symbols": covered, "sha256": sha}
+                longest = max(longest, int(sizes.max(initial=0)))
 
     (out / "skipped.txt").write_bytes(b"".join(lists))
     save_tokens(out, tokens)
@@ -296,7 +297,9 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
     write_whole(out / "report.json", json.dumps(report, indent=1).encode() + b"\n")  # last: now the folder is whole
     shutil.rmtree(parts)
     reasons = "".join(f", {number} {reason}" for reason, number in skipped.most_common())
-    print(f"{out}: {documents:,} documents of {symbols / documents:,.0f} symbols, {tokens.vocab} tokens", end="; ")
+    length = sum(shard["tokens"] for shard in shards.values()) / documents
+    print(f"{out}: {documents:,} documents of {symbols / documents:,.0f} symbols,", end=" ")
+    print(f"{length:,.0f} tokens on average, {longest:,} at most (--context)", end="; ")
     print(f"{skipped.total()} of {files:,} files skipped{reasons}")
 
 
