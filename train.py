@@ -391,7 +391,8 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
     if step and due() and not any("val_bits_per_byte" in record for record in log.records[-1:]):  # a kill came between
         report()
     started, first, waiting = time.perf_counter(), step, []
-    bar = tqdm(total=config.steps, initial=step, unit=" steps", disable=rank() != 0, smoothing=0.05)
+    hidden = True if rank() else None  # None: unless a terminal shows it
+    bar = tqdm(total=config.steps, initial=step, unit=" steps", disable=hidden, smoothing=0.05)
     stopping = False
     while step < config.steps and not stopping:
         for group in optimizer.param_groups:
