@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of all processes: bit for bit on the CPU, however many there are
+os.environ["OMP_NUM_THREADS"] = "1"  # of each: tests run side by side
 import torch
 from hypothesis import settings
 from PIL import Image
@@ -91,6 +92,10 @@ def finished(prepared, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
     train(config(prepared, out))
     return out
+
+
+def torchrun(processes: int, *arguments: object) -> tuple[object, ...]:
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *arguments)
 
 
 def command(*arguments: object, **options) -> subprocess.CompletedProcess:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT, RUN, command, config, losses, validation
+from conftest import ROOT, RUN, command, config, losses, torchrun, validation
 
 import train as module
 from codec import UserError, load_tokens
@@ -25,17 +25,15 @@ from data.prepare import digest
 from sample import checkpoints, damage, newest
 from train import Stream, train
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-
-def torchrun(processes: int, *arguments: object) -> list[str]:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
-    return [sys.executable, *map(str, (*launcher, *arguments))]
+def begin(*arguments: object) -> subprocess.Popen:
+    """`command`, without waiting for its end."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, **pipes)
 
 
 def start(prepared: Path, out: Path, *more: object) -> subprocess.Popen:
-    arguments = [sys.executable, "train.py", "--data", prepared, "--out", out, *RUN, *more]
-    return subprocess.Popen([*map(str, arguments)], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+    return begin("train.py", "--data", prepared, "--out", out, *RUN, *more)
 
 
 def wait_for(out: Path, step: int, process: subprocess.Popen, saved: bool = False) -> None:
@@ -71,7 +69,7 @@ def test_a_run_that_was_killed_continues_bit_for_bit(prepared, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     for name in ("run", "whole"):
-        result = command("train.py", "--data", prepared, "--out", tmp_path / name, *RUN, env=ONE_THREAD)
+        result = command("train.py", "--data", prepared, "--out", tmp_path / name, *RUN)
         assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert validation(tmp_path / "run") == validation(tmp_path / "whole")
@@ -92,7 +90,6 @@ random.seed(0)
 for trial in range(50):
     child = os.fork()
     if not child:  # saves again and again, until it is killed
-        torch.set_num_threads(1)
         model = train.build_model(config, torch.device("cpu"))
         optimizer = train.build_optimizer(model, config)
         step = train.load_checkpoint(out, model, optimizer, print)
@@ -121,8 +118,7 @@ def test_kill_while_saving_never_loses_a_checkpoint(prepared, tmp_path):
     """50 kills at random moments of one save after another: the newest whole checkpoint is always there and newer."""
     (tmp_path / "run").mkdir()
     shutil.copy(prepared / "codec.json", tmp_path / "run")
-    arguments = [sys.executable, "-c", SAVING, str(prepared), str(tmp_path / "run")]
-    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD, timeout=400)
+    result = command("-c", SAVING, prepared, tmp_path / "run", timeout=400)
     assert result.stdout.startswith("lost 0 of 50"), result.stderr + result.stdout
 
 
@@ -132,13 +128,8 @@ def test_kill_while_saving_never_loses_a_checkpoint(prepared, tmp_path):
 def test_a_run_continues_on_another_number_of_processes(prepared, finished, tmp_path):
     """Begun on two, continued on four, ended on one: the rows and losses are those of one that was never stopped."""
     for processes, steps in ((2, 4), (4, 8)):
-        process = subprocess.Popen(
-            torchrun(processes, "train.py", "--data", prepared, "--out", tmp_path / "run", *RUN, "--micro", 1),
-            cwd=ROOT,
-            env=ONE_THREAD,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        arguments = ("train.py", "--data", prepared, "--out", tmp_path / "run", *RUN, "--micro", 1)
+        process = begin(*torchrun(processes, *arguments))
         wait_for(tmp_path / "run", steps, process, saved=True)
         while left := running(tmp_path):  # until the last has ended
             for pid in left:
@@ -148,7 +139,7 @@ def test_a_run_continues_on_another_number_of_processes(prepared, finished, tmp_
         process.wait()
         with open(tmp_path / "run" / "lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH)  # until the kernel has let go of it, too, which a write may hold up
-        assert int(newest(checkpoints(tmp_path / "run")).name[5:]) >= steps, process.stderr.read()
+        assert int(newest(checkpoints(tmp_path / "run")).name[5:]) >= steps, process.stdout.read()
     train(config(prepared, tmp_path / "run"))
     for step, loss in losses(finished).items():
         assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-6)
@@ -156,13 +147,7 @@ def test_a_run_continues_on_another_number_of_processes(prepared, finished, tmp_
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused(prepared, tmp_path):
-    result = subprocess.run(
-        torchrun(3, "train.py", "--data", prepared, "--out", tmp_path / "run", *RUN),
-        cwd=ROOT,
-        env=ONE_THREAD,
-        capture_output=True,
-        text=True,
-    )
+    result = command(*torchrun(3, "train.py", "--data", prepared, "--out", tmp_path / "run", *RUN))
     assert result.returncode and "--batch 4 does not divide into 3 processes" in result.stderr
     assert "take 1, 2, 4 processes" in result.stderr and 'train.py", line' not in result.stderr  # no traceback of ours
 
@@ -276,8 +261,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_continues(prepared, finished, 
 
 
 def test_all_processes_stop_at_the_same_step(prepared, finished, tmp_path):
-    arguments = torchrun(2, "train.py", "--data", prepared, "--out", tmp_path / "run", *RUN)
-    process = subprocess.Popen(arguments, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+    process = begin(*torchrun(2, "train.py", "--data", prepared, "--out", tmp_path / "run", *RUN))
     wait_for(tmp_path / "run", 2, process)
     process.send_signal(signal.SIGTERM)
     process.wait(60)
@@ -326,14 +310,8 @@ run(lambda: train.train(train.parse(sys.argv[1:])[0]))
 def fail(prepared: Path, tmp_path: Path, fault: str) -> tuple[subprocess.CompletedProcess, float]:
     """Two processes, the second with a fault in its sixth step; how it ended, and seconds from the fault to the end."""
     (tmp_path / "failing.py").write_text(FAILING.format(fault=fault))
-    result = subprocess.run(
-        torchrun(2, tmp_path / "failing.py", "--data", prepared, "--out", tmp_path / "run", *RUN),
-        cwd=ROOT,
-        env={**ONE_THREAD, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    arguments = torchrun(2, tmp_path / "failing.py", "--data", prepared, "--out", tmp_path / "run", *RUN)
+    result = command(*arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
     return result, time.time() - float(result.stdout.split("fault at ")[1].split()[0])
 
 

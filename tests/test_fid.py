@@ -5,16 +5,17 @@ Some tests compare with pytorch_fid or use the genuine weights in ../shared/ince
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy
 import torch
+from conftest import command, torchrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -312,10 +313,9 @@ def test_json_holds_everything_needed_to_repeat(weights, tmp_path, capsys):
 def test_two_processes_give_the_features_of_one(weights, tmp_path):
     a = folder(tmp_path / "a", 7)
     results = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        command = [sys.executable, *launcher, str(ROOT / "fid.py"), str(a), "--dims", "64", "--weights", str(weights)]
+    for launcher in (lambda *arguments: arguments, partial(torchrun, 2)):
         target = tmp_path / f"{len(results)}.npz"
-        subprocess.run([*command, "--save", str(target)], check=True, capture_output=True, env={**os.environ})
+        command(*launcher("fid.py", a, "--dims", 64, "--weights", weights, "--save", target), check=True)
         with np.load(target) as file:
             results.append(dict(file))
     assert results[0]["count"] == results[1]["count"] == 7

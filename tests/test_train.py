@@ -1,19 +1,16 @@
 """What train.py promises: the order of the data, exact resumption, and that nothing is lost or silently wrong."""
 
 import json
-import os
 import shutil
-import subprocess
 import weakref
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, RUN, command, config, fresh, losses, validation
+from conftest import ROOT, RUN, command, config, fresh, losses, torchrun, validation
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -26,13 +23,6 @@ import train as module
 from codec import UserError, load_tokens
 from data.prepare import digest
 from train import CONFIGS, Config, Stream, evaluate, parse, rows_of, train
-
-
-def torchrun(processes: int, data: Path, out: Path, *more: object) -> subprocess.CompletedProcess:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return command(*launcher, "train.py", "--data", data, "--out", out, *RUN, *more, env=environment)
-
 
 # --- data -----------------------------------------------------------------------------------------------------------
 
@@ -148,7 +138,8 @@ def test_accumulation_changes_nothing(prepared, finished, tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one(prepared, finished, tmp_path):
-    result = torchrun(2, prepared, tmp_path / "run", "--micro", 1, "--sync-each-pass")
+    arguments = ("train.py", "--data", prepared, "--out", tmp_path / "run", *RUN, "--micro", 1, "--sync-each-pass")
+    result = command(*torchrun(2, *arguments))
     assert result.returncode == 0, result.stderr
     for step, loss in losses(finished).items():
         assert losses(tmp_path / "run")[step] == pytest.approx(loss, abs=1e-5)
@@ -193,7 +184,8 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(prepared, finished, 
     lines = (finished / "log.jsonl").read_text().splitlines()
     until = next(number for number, line in enumerate(lines) if '"step": 8, "val_' in line)
     (tmp_path / "run" / "log.jsonl").write_text("\n".join(lines[:until]) + "\n")
-    result = torchrun(processes, prepared, tmp_path / "run", "--micro", 1)
+    arguments = ("train.py", "--data", prepared, "--out", tmp_path / "run", *RUN, "--micro", 1)
+    result = command(*torchrun(processes, *arguments))
     assert result.returncode == 0, result.stderr
     assert validation(tmp_path / "run") == pytest.approx(validation(finished), rel=1e-5)
 
