@@ -722,14 +722,12 @@ class Saver:
     def __init__(self, out: Path):
         self.out, self.thread, self.pending = out, ThreadPoolExecutor(1), None
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None  # the thread's
-        self.stager = DefaultStager(StagingOptions(False, False, False, False))  # a plain copy, to the same memory
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.wait()
-        self.stager.close()
 
     def save(self, model: Llama, optimizer: torch.optim.Optimizer, step: int, config: Config) -> None:
         """Begin to write, when the checkpoint before is there."""
@@ -737,7 +735,9 @@ class Saver:
         weights, moments = get_state_dict(model, optimizer)
         state, part = {"model": weights, "optimizer": moments, "step": step}, self.out / f"step_{step:08d}.part"
         writer = dcp.FileSystemWriter(part, per_thread_copy_ahead=0)  # the copy is on the CPU: no stream to wait for
-        written = dcp.async_save(state, storage_writer=writer, async_stager=self.stager, process_group=self.group)
+        stager = DefaultStager(StagingOptions(False, False, False, False))  # a plain copy
+        written = dcp.async_save(state, storage_writer=writer, async_stager=stager, process_group=self.group)
+        stager.close()  # it refers to itself, and would keep the copy until garbage is collected
         self.pending = self.thread.submit(self.commit, written, part, config)
 
     def commit(self, written: Future, part: Path, config: Config) -> None:
