@@ -555,13 +555,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     sets = "a folder of images (recursive), an .npz of images (uint8 N,H,W,3), or an .npz of statistics (mu, sigma)"
     add("a", type=Path, metavar="A", help=f"the samples: {sets}; sample.py's grid.png is not counted")
-    add(
-        "b",
-        type=Path,
-        metavar="B",
-        nargs="?",
-        help="the reference, likewise; may be left out with --save, or where A holds completions of sample.py",
-    )
+    likewise = "the reference, likewise; may be left out with --save, or where A holds completions of sample.py"
+    add("b", type=Path, metavar="B", nargs="?", help=likewise)
     add("--dims", type=int, default=2048, choices=list(LAST), help="features, by depth in the network (default: 2048)")
     add("--weights", type=Path, metavar="FILE", help=f"the network's weights (default: downloaded once into {CACHE})")
     add("--save", type=Path, metavar="FILE", help="keep the statistics of A as an .npz, also loadable by pytorch_fid")

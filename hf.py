@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from codec import JPEG, Tokens, UserError, load_tokens, save_tokens
-from model import Llama, ModelConfig, fill
+from model import Llama, ModelConfig, empty, fill
 
 NAMES = {  # theirs and ours
     "vocab_size": "vocab",
@@ -177,9 +177,7 @@ def write(folder: Path, model: Llama, tokens: Tokens) -> None:
 def read(folder: Path, device: torch.device) -> tuple[Llama, Tokens]:
     """The model of a Llama folder, in float32, and its tokens.  Errors: those of `parts`."""
     config, tokens, state = parts(folder)
-    with torch.device("meta"):
-        model = Llama(config)
-    model.to_empty(device=device)
+    model = empty(config, device)
     for name, weight in model.named_parameters():
         fill(weight, state[name])
     return model.eval(), tokens

@@ -125,8 +125,7 @@ class Block(nn.Module):
 def fill(weight: Tensor, whole: Tensor) -> None:
     """Write a whole matrix into a weight, or this process's part of it if the weight is sharded."""
     if isinstance(weight, DTensor):
-        whole = whole.to(weight.device, weight.dtype)
-        same = DTensor.from_local(whole, weight.device_mesh, [Replicate()], run_check=False)
+        same = DTensor.from_local(whole.to(weight.device), weight.device_mesh, [Replicate()], run_check=False)
         whole = same.redistribute(placements=weight.placements)  # each process cuts its part out, without a word
     weight.copy_(whole)
 
@@ -173,3 +172,10 @@ class Llama(nn.Module):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             whole = torch.ones(weight.shape) if "norm" in name else torch.randn(weight.shape, generator=generator) * std
             fill(weight, whole)
+
+
+def empty(config: ModelConfig, device: torch.device) -> Llama:
+    """A model on a device, whose weights are yet to be read."""
+    with torch.device("meta"):
+        model = Llama(config)
+    return model.to_empty(device=device)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import hf
 from codec import Flags, Grammar, Tokens, UserError, differences, foreign_encoder, load_tokens, run
 from data.prepare import Item, Unusable, chunks, digest, read_file, read_square, walk, write_whole
-from model import Cache, Llama, ModelConfig
+from model import Cache, Llama, ModelConfig, empty
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that one process saves or reads alone is meant
 
@@ -248,9 +248,7 @@ def load_checkpoint(checkpoint: Path, device: torch.device) -> tuple[Llama, Toke
     """The model of a checkpoint, whole, on one device, whatever number of processes wrote it, and its tokens."""
     saved = json.loads((checkpoint / "config.json").read_text())
     config = ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig) if field.name in saved})
-    with torch.device("meta"):
-        model = Llama(config)
-    model.to_empty(device=device).eval()
+    model = empty(config, device).eval()
     read_state({"model": model.state_dict()}, checkpoint)
     return model, load_tokens(checkpoint)
 

@@ -185,7 +185,7 @@ class Stream:
             for start, end in pieces
         ]
         numbers = np.unique(np.concatenate(spans))
-        begins, lengths = self.documents[numbers], np.diff(self.documents)[numbers]
+        begins, lengths = self.documents[numbers], self.documents[numbers + 1] - self.documents[numbers]
         end = self.grammar.table.shape[1] - 1  # after the end, it may be said again
         padded = np.full((len(numbers), lengths.max()), end, np.int64)
         for row, begin, length in zip(padded, begins, lengths, strict=True):
@@ -365,8 +365,8 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
     step = load_checkpoint(out, model, optimizer, say)
     if not step:
         model.init_weights(config.seed)
-    if not step and config.init:
-        begin_from(model, tokens, Path(config.init), say)
+        if config.init:
+            begin_from(model, tokens, Path(config.init), say)
     if long := (np.diff(streams["train"].documents) > config.context).mean():
         say(f"note: {long:.0%} of the files are longer than --context {config.context}: the model never sees one whole")
     log = Log(out, step)
@@ -658,18 +658,18 @@ def plan(config: Config) -> str:
     """What a run takes, without allocating any of it: parameters, FLOPs, bytes a GPU, days."""
     parameters, _ = count(config)
     flops, step = flops_of(config, parameters), config.batch * config.context
-    run = config.steps * step
+    total = config.steps * step
     lines = [
         f"{parameters:,} parameters; {flops / 1e9:.3g} GFLOP a token (6 N + 12 layers dim context)",
         f"a step: {config.batch} rows of {config.context:,}, {step:,} tokens",
-        f"{config.steps:,} steps: {run / 1e9:.3g} billion tokens; the paper's {PAPER_TOKENS / 1e9:.0f} billion: "
+        f"{config.steps:,} steps: {total / 1e9:.3g} billion tokens; the paper's {PAPER_TOKENS / 1e9:.0f} billion: "
         f"{PAPER_TOKENS / step:,.0f} steps",
         f"GB a GPU, at most {config.micro} rows a pass; days of both at {PLANNED:.0%} of an H100's peak",
         "".join(f"{name:>12}" for name in ("GPUs", *memory_plan(config, 1), "days", "the paper's")),
     ]
     for gpus in (gpus for gpus in (1, 8, 64, 256) if config.batch % gpus == 0):
         gb = [size / 1e9 for size in memory_plan(config, gpus).values()]
-        days = [tokens * flops / (PLANNED * PEAKS["H100"] * gpus) / 86_400 for tokens in (run, PAPER_TOKENS)]
+        days = [tokens * flops / (PLANNED * PEAKS["H100"] * gpus) / 86_400 for tokens in (total, PAPER_TOKENS)]
         lines.append(f"{gpus:>12}" + "".join(f"{value:>12,.2f}" for value in (*gb, *days)))
     return "\n".join(lines)
 

@@ -298,9 +298,8 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
     shutil.rmtree(parts)
     reasons = "".join(f", {number} {reason}" for reason, number in skipped.most_common())
     length = sum(shard["tokens"] for shard in shards.values()) / documents
-    print(f"{out}: {documents:,} documents of {symbols / documents:,.0f} symbols,", end=" ")
-    print(f"{length:,.0f} tokens on average, {longest:,} at most (--context)", end="; ")
-    print(f"{skipped.total()} of {files:,} files skipped{reasons}")
+    lengths = f"{symbols / documents:,.0f} symbols, {length:,.0f} tokens on average, {longest:,} at most (--context)"
+    print(f"{out}: {documents:,} documents of {lengths}; {skipped.total()} of {files:,} files skipped{reasons}")
 
 
 def digest(*paths: Path) -> str:
