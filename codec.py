@@ -10,29 +10,23 @@ model on just those bytes.  Two steps, of which the second is undone exactly, th
 JPEG is ITU-T T.81; clause numbers below are its own.
 """
 
-import argparse
-import difflib
 import hashlib
-import inspect
 import io
 import json
 import re
-import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import numpy as np
 import PIL
 from PIL import Image, features
 
+from plumbing.command import UserError
+
 SOI, EOI, DHT = b"\xff\xd8", b"\xff\xd9", 0xC4  # start of image, end of image, Huffman tables (table B.1)
-
-
-class UserError(ValueError):
-    """What a user can cause and mend, in one sentence: cause, value, remedy."""
 
 
 class Codec(Protocol):
@@ -433,7 +427,7 @@ def scan_positions(codec: JPEG, end: int, width: int, stuffed: np.ndarray, heade
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokenizer:
     """Symbols as the model reads them: below `codec.vocab` a token is a symbol, then come the learned pairs, start
     and end.
 
@@ -515,7 +509,7 @@ class Tokens:
 LONGEST = 64  # symbols that one token may stand for: on plain grounds they would grow to whole rows of a picture
 
 
-def learn_pairs(codec: Codec, documents: Sequence[np.ndarray], vocab: int) -> Tokens:
+def learn_pairs(codec: Codec, documents: Sequence[np.ndarray], vocab: int) -> Tokenizer:
     """Merge the most frequent pair of neighbours (the smallest of equals) until there are `vocab` tokens or no pair
     is left."""
     if not codec.vocab + 2 <= vocab <= 0xD800:  # above are the characters that a string cannot hold
@@ -532,7 +526,7 @@ def learn_pairs(codec: Codec, documents: Sequence[np.ndarray], vocab: int) -> To
         merges.append((left, right))
         sizes[token] = sizes[left] + sizes[right]
         text = text.replace(chr(left) + chr(right), chr(token))
-    return Tokens(codec, tuple(merges))
+    return Tokenizer(codec, tuple(merges))
 
 
 def to_text(tokens: np.ndarray) -> str:
@@ -560,17 +554,17 @@ def encoder() -> str:
     return f"Pillow {PIL.__version__} with libjpeg-turbo {features.version('libjpeg_turbo') or features.version('jpg')}"
 
 
-def describe(tokens: Tokens) -> str:
+def describe(tokens: Tokenizer) -> str:
     """What codec.json holds: the codec and its settings, the byte pairs, and which encoder made them."""
     made_by = {"encoder": encoder(), "fingerprint": fingerprint(tokens.codec)}
     return json.dumps({"codec": tokens.codec.name, **asdict(tokens.codec), **made_by, "merges": tokens.merges})
 
 
-def save_tokens(folder: Path, tokens: Tokens) -> None:
+def save_tokenizer(folder: Path, tokens: Tokenizer) -> None:
     Path(folder, "codec.json").write_text(describe(tokens) + "\n")
 
 
-def load_tokens(folder: Path) -> Tokens:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """Read codec.json.  Errors: UserError."""
     path = Path(folder, "codec.json")
     if not path.exists():
@@ -582,7 +576,7 @@ def load_tokens(folder: Path) -> Tokens:
         values = {field.name: settings[field.name] for field in fields(codec)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a codec.json of this version: {error!r}") from None
-    return Tokens(codec(**values), merges)
+    return Tokenizer(codec(**values), merges)
 
 
 def foreign_encoder(folder: Path, codec: Codec) -> str | None:
@@ -592,50 +586,3 @@ def foreign_encoder(folder: Path, codec: Codec) -> str | None:
     if settings["fingerprint"] == fingerprint(codec):
         return None
     return f"{folder} was encoded by {settings['encoder']}, but {encoder()} here writes other bytes for the same pixels"
-
-
-# --- command lines --------------------------------------------------------------------------------------------------
-
-
-class Flags(argparse.ArgumentParser):
-    """A parser whose flags are the fields of dataclasses, with the comment behind each as its help; without one it is
-    no flag."""
-
-    def __init__(self, description: str):
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(allow_abbrev=False, description=description, formatter_class=layout)
-
-    def add_fields(self, defaults: object) -> None:
-        kind = type(defaults)
-        source = "".join(inspect.getsource(base) for base in reversed(kind.__mro__) if base is not object)
-        comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", source, re.MULTILINE))
-        for field in (field for field in fields(kind) if field.name in comments):
-            action = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-            text = f"{comments[field.name]} (default: {getattr(defaults, field.name)})".replace("%", "%%")
-            self.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **action)
-
-    def parse(self, arguments: list[str] | None) -> argparse.Namespace:
-        flags, unknown = self.parse_known_args(arguments)
-        if unknown:
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, 0)
-            self.error(f"unknown argument {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
-        return flags
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def differences(before: dict, now: dict, free: Collection[str] = ()) -> str:
-    """The settings in which two dictionaries differ, but for `free` ones, as `name: old, now new`; empty if in none."""
-    changed = [name for name in {**before, **now} if name not in free and before.get(name) != now.get(name)]
-    return "; ".join(f"{name}: {before.get(name)}, now {now.get(name)}" for name in changed)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a command; what a user can mend, a full disk included, ends in one sentence and exit code 2."""
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

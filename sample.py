@@ -31,10 +31,14 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import hf
-from codec import Flags, Grammar, Tokens, UserError, differences, foreign_encoder, load_tokens, run
-from data.prepare import Item, Unusable, chunks, digest, read_file, read_square, walk, write_whole
+from codec import Grammar, Tokenizer, foreign_encoder, load_tokenizer
+from data.pictures import read_square
+from data.prepare import chunks
+from data.sources import Item, Unusable, read_file, walk
 from model import Cache, Llama, ModelConfig, empty
+from plumbing import huggingface
+from plumbing.command import Flags, UserError, differences, run
+from plumbing.files import digest, write_whole
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that one process saves or reads alone is meant
 
@@ -87,7 +91,7 @@ def begin(grammar: Grammar, prompts: list[np.ndarray], length: int) -> None:
 @sdpa_kernel(ANY_LENGTH)
 def generate(
     model: Llama,
-    tokens: Tokens,
+    tokens: Tokenizer,
     prompts: list[np.ndarray],
     seeds: list[tuple[int, int]],
     temperature: float = 1.0,
@@ -244,19 +248,19 @@ def cause(error: BaseException) -> BaseException:
     return error
 
 
-def load_checkpoint(checkpoint: Path, device: torch.device) -> tuple[Llama, Tokens]:
+def load_checkpoint(checkpoint: Path, device: torch.device) -> tuple[Llama, Tokenizer]:
     """The model of a checkpoint, whole, on one device, whatever number of processes wrote it, and its tokens."""
     saved = json.loads((checkpoint / "config.json").read_text())
     config = ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig) if field.name in saved})
     model = empty(config, device).eval()
     read_state({"model": model.state_dict()}, checkpoint)
-    return model, load_tokens(checkpoint)
+    return model, load_tokenizer(checkpoint)
 
 
-def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
+def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokenizer, Path]:
     """Model and tokens of a run's newest checkpoint, or of a Llama folder of Hugging Face; and where they were."""
     if not any(out.glob("step_*")) and (any(out.glob("*.safetensors")) or any(out.glob("pytorch_model*.bin"))):
-        return *hf.read(out, device), out
+        return *huggingface.read(out, device), out
     checkpoint = newest(checkpoints(out))
     if checkpoint is None:
         raise UserError(f"{out} holds no checkpoint: run `python train.py --out {out}` first")
@@ -266,7 +270,7 @@ def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokens, Path]:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def read_prompts(source: Path, tokens: Tokens, to: Path) -> list[np.ndarray]:
+def read_prompts(source: Path, tokens: Tokenizer, to: Path) -> list[np.ndarray]:
     """The symbols of a picture, or of every picture below a folder, encoded anew with the settings of the model.
 
     Beside the completions go what to compare them with: TO/originals, as cut out and resized, and TO/roundtrip, as the
@@ -289,7 +293,7 @@ def read_prompts(source: Path, tokens: Tokens, to: Path) -> list[np.ndarray]:
     return found
 
 
-def write(folder: Path, model: Llama, tokens: Tokens, prompts: list[np.ndarray], settings: dict, batch: int) -> int:
+def write(folder: Path, model: Llama, tokens: Tokenizer, prompts: list[np.ndarray], settings: dict, batch: int) -> int:
     """Complete the prompts (symbols), write the files that are not there yet, and count the valid ones."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "samples.json"

@@ -47,10 +47,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data.shapes
-import hf
-from codec import Flags, Grammar, Tokens, UserError, describe, differences, load_tokens, run
-from data.prepare import chunks, digest, write_whole
+from codec import Grammar, Tokenizer, describe, load_tokenizer
+from data.prepare import chunks
 from model import Block, Llama, ModelConfig, fill
+from plumbing import huggingface
+from plumbing.command import Flags, UserError, differences, run
+from plumbing.files import digest, write_whole
 from sample import (
     ANY_LENGTH,
     at_once,
@@ -138,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif flags.export or flags.hf:
         model, tokens, _ = read_run(Path(config.out), torch.device("cpu"))
         if flags.hf:
-            hf.write(flags.hf, model, tokens)
+            huggingface.write(flags.hf, model, tokens)
         if flags.export:
             about = {"config": asdict(model.config), "codec": json.loads(describe(tokens))}
             torch.save({**about, "model": model.state_dict()}, flags.export)
@@ -340,7 +342,7 @@ def loop(config: Config, device: torch.device, stop: "Stop", saver: "Saver") -> 
     """Read rows, add up their gradients, step; log, save, evaluate and draw when it is time."""
     out = Path(config.out)
     say = tqdm.write if rank() == 0 else lambda *_, **__: None
-    tokens = load_tokens(Path(config.data))
+    tokens = load_tokenizer(Path(config.data))
     streams = {split: Stream(Path(config.data), split, tokens.grammar) for split in ("train", "val")}
     config = replace(config, vocab=tokens.vocab, positions=tokens.grammar.positions if config.syntax else ())
     rows = streams["train"].rows(config.context)
@@ -464,9 +466,9 @@ def recomputed(block: Block, *arguments: object) -> Tensor:
     return checkpoint(Block.forward, block, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def begin_from(model: Llama, tokens: Tokens, folder: Path, say) -> None:
+def begin_from(model: Llama, tokens: Tokenizer, folder: Path, say) -> None:
     """Take the weights of a Llama folder; tokens that both know, by the bytes they stand for, keep their rows."""
-    theirs, known, state = hf.parts(folder)
+    theirs, known, state = huggingface.parts(folder)
     same = ("dim", "layers", "heads", "kv_heads", "hidden", "rope_theta", "norm_eps", "qk_norm")
     if any(getattr(theirs, name) != getattr(model.config, name) for name in same):
         shape = " ".join(f"--{name.replace('_', '-')} {getattr(theirs, name)}" for name in same[:-1])
@@ -486,7 +488,7 @@ def begin_from(model: Llama, tokens: Tokens, folder: Path, say) -> None:
 # --- what a run shows of itself -------------------------------------------------------------------------------------
 
 
-def open_run(out: Path, config: Config, tokens: Tokens) -> None:
+def open_run(out: Path, config: Config, tokens: Tokenizer) -> None:
     """Make the run folder, or refuse one whose run was another; note how the run was started."""
     out.mkdir(parents=True, exist_ok=True)
     path, now = out / "config.json", {**asdict(config), "codec": asdict(tokens.codec), "vocabulary": tokens.hash}
@@ -570,7 +572,7 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
 
-def show(model: Llama, tokens: Tokens, out: Path, step: int, config: Config, log: Log) -> None:
+def show(model: Llama, tokens: Tokenizer, out: Path, step: int, config: Config, log: Log) -> None:
     """Write OUT/grids/STEP.png, a grid of what the model writes now, and OUT/loss.png."""
     model.eval()
     device = model.lm_head.weight.device

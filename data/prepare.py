@@ -11,144 +11,33 @@ describes what is written.
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
-import tarfile
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from codec import (
-    CODECS,
-    Codec,
-    Flags,
-    Tokens,
-    UserError,
-    differences,
-    encoder,
-    fingerprint,
-    learn_pairs,
-    run,
-    save_tokens,
-)
+from codec import CODECS, Codec, Tokenizer, encoder, fingerprint, learn_pairs, save_tokenizer
+from data.pictures import read_square
+from data.sources import Item, Unusable, read_file, walk
+from plumbing.command import Flags, UserError, differences, run
+from plumbing.files import digest, write_whole
 
-FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 PPM TGA DIB ICO PCX PSD SGI".split()  # noqa: SIM905
-# EPS is not among them, since Pillow starts a program for it
-LARGEST_FILE = 256 << 20  # bytes
 PART = 8192  # files: what an interruption loses at most
 TASK = 64  # files that a worker takes at once
 SAMPLE = 10_000  # documents that byte pairs are learned on (section 3.2 of the paper) ...
 SAMPLE_SYMBOLS = 1_000_000  # ... if they are no larger than this together
 
 
-# --- one file to pixels ---------------------------------------------------------------------------------------------
-
-
-class Item(NamedTuple):
-    """One file to try: where its bytes lie, and the name to report it by."""
-
-    path: str
-    offset: int
-    length: int  # bytes; -1: to the end of the file
-    name: str
-
-
-class Unusable(Exception):
-    """A file that cannot become a training image; the message is the reason under which it is counted."""
-
-
-def walk(folder: Path, name: str = "") -> Iterator[Item]:
-    """Every file below a folder and every member of its .tar files, in the order of their names."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        path = f"{name}{entry.name}"
-        if entry.is_dir(follow_symlinks=False):
-            yield from walk(Path(entry.path), path + "/")
-        elif entry.name.endswith(".tar"):
-            yield from members(entry.path, path)
-        else:
-            yield Item(entry.path, 0, -1, path)
-
-
-def members(tar: str, name: str) -> Iterator[Item]:
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                archive.members = []  # tarfile remembers them all otherwise
-                if member.isfile():
-                    yield Item(tar, member.offset_data, member.size, f"{name}/{member.name}")
-    except (tarfile.TarError, OSError):
-        yield Item(tar, -1, -1, name)  # what was before the damage is used, the archive is named
-
-
-def read_file(item: Item) -> bytes:
-    if item.offset < 0:
-        raise Unusable("damaged .tar")
-    try:
-        with open(item.path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size if item.length < 0 else item.length
-            if length > LARGEST_FILE:
-                raise Unusable(f"file of more than {LARGEST_FILE >> 20} MiB")
-            file.seek(item.offset)
-            return file.read(length)
-    except OSError:
-        raise Unusable("unreadable") from None
-
-
-def read_square(data: bytes, size: int) -> np.ndarray:
-    """The bytes of an image file to its largest centre square, (size, size, 3) uint8.  Errors: Unusable, with the
-    reason."""
-    if not data:
-        raise Unusable("empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # size is checked here, and the rest is about metadata
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # read from the header: nothing is decoded yet
-                    raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS // 10**6} megapixels")
-                if min(image.size) < size:
-                    raise Unusable(f"smaller than {size} pixels")
-                image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2 to 1/8, never below this
-                ImageOps.exif_transpose(image, in_place=True)
-                image = to_rgb(image)
-    except Unusable:
-        raise
-    except UnidentifiedImageError:
-        raise Unusable("not an image") from None
-    except Image.DecompressionBombError:  # Pillow's own limit, twice ours, strikes while it opens
-        raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
-    except Exception:  # a damaged file makes Pillow's plugins raise whatever they like
-        raise Unusable("truncated or damaged") from None
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.asarray(square)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow to RGB: 16 bits are scaled to 8, what is transparent is laid on white, as viewers show it."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise Unusable("pixels of unknown range (32 bits)")
-        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("F", "LAB"):
-        raise Unusable(f"pixels of unknown range (mode {image.mode})")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+# --- all files to tokens --------------------------------------------------------------------------------------------
 
 
 def encode_items(codec: Codec, items: list[Item]) -> tuple[list[np.ndarray], list[str]]:
@@ -161,9 +50,6 @@ def encode_items(codec: Codec, items: list[Item]) -> tuple[list[np.ndarray], lis
         except Unusable as reason:
             skipped.append(f"{reason}\t{item.name}\n")
     return documents, skipped
-
-
-# --- all files to tokens --------------------------------------------------------------------------------------------
 
 
 def in_order(pool: ProcessPoolExecutor, function: Callable, tasks: Iterable[tuple], ahead: int) -> Iterator:
@@ -211,7 +97,7 @@ def read_documents(path: Path, dtype: type, which: slice = slice(None)) -> list[
 
 
 def tokenize(
-    path: Path, tokens: Tokens, first: int, validation: float
+    path: Path, tokens: Tokenizer, first: int, validation: float
 ) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """What a worker makes of a part that begins with document `first`: {split: (stream, lengths, symbols)}."""
     chosen, splits = {"train": [], "val": []}, {}
@@ -270,7 +156,7 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
         sample = [
             document
             for path in paths
-            for document in read_documents(path, Tokens(codec).dtype, slice(None, None, every))
+            for document in read_documents(path, Tokenizer(codec).dtype, slice(None, None, every))
         ]
         print(f"learning byte pairs on {len(sample):,} of {documents:,} documents")
         tokens = learn_pairs(codec, sample, vocab)
@@ -291,7 +177,7 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
                 longest = max(longest, int(sizes.max(initial=0)))
 
     (out / "skipped.txt").write_bytes(b"".join(lists))
-    save_tokens(out, tokens)
+    save_tokenizer(out, tokens)
     report = {"settings": settings, "skipped": dict(skipped), "encoder": encoder(), "shards": shards}
     report["seconds"] = round(time.time() - started, 1)
     write_whole(out / "report.json", json.dumps(report, indent=1).encode() + b"\n")  # last: now the folder is whole
@@ -300,22 +186,6 @@ def prepare(source: Path, out: Path, codec: Codec, vocab: int, validation: float
     length = sum(shard["tokens"] for shard in shards.values()) / documents
     lengths = f"{symbols / documents:,.0f} symbols, {length:,.0f} tokens on average, {longest:,} at most (--context)"
     print(f"{out}: {documents:,} documents of {lengths}; {skipped.total()} of {files:,} files skipped{reasons}")
-
-
-def digest(*paths: Path) -> str:
-    """The sha256 of files, one after the other; never more than a piece of them is in memory."""
-    sha = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            hashlib.file_digest(file, lambda: sha)
-    return sha.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Written elsewhere, then renamed: a kill leaves what was there before, or all of this."""
-    temporary = path.with_suffix(".part")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def cores() -> int:

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from codec import JPEG, Flags, UserError, run
+from codec import JPEG
 from data.prepare import cores, prepare
+from plumbing.command import Flags, UserError, run
 
 COLOURS = {
     "red": (216, 50, 44),

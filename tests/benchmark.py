@@ -32,12 +32,12 @@ from PIL import Image
 from torch import Tensor, library, nn
 
 import fid as fid_py  # the function below has the short name
-import hf
 import sample
 import train
 from codec import JPEG, learn_pairs, no_grammar
 from data.prepare import cores, prepare
 from data.shapes import draw, make
+from plumbing import huggingface
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
@@ -199,7 +199,7 @@ def training() -> None:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        theirs = LlamaForCausalLM(LlamaConfig(**hf.settings(config), attn_implementation="sdpa"))
+        theirs = LlamaForCausalLM(LlamaConfig(**huggingface.settings(config), attn_implementation="sdpa"))
         optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         x = torch.randint(0, 320, (16, 512))
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import codec
-from codec import JPEG, Tokens, UserError, foreign_encoder, learn_pairs, load_tokens, save_tokens
+from codec import JPEG, Tokenizer, foreign_encoder, learn_pairs, load_tokenizer, save_tokenizer
+from plumbing.command import UserError
 
 SETTINGS = [
     JPEG(),
@@ -138,7 +139,7 @@ def test_settings_out_of_range_are_refused():
 def test_byte_pairs_are_invertible_on_all_bytes(vocab, documents):
     """Also for documents that the pairs were not learned on, empty ones, and 0xFF runs."""
     symbols = [np.frombuffer(document, np.uint8) for document in documents]
-    for tokens in (learn_pairs(JPEG(), symbols, vocab), Tokens(JPEG(), ((255, 255), (0, 256), (256, 256), (1, 1)))):
+    for tokens in (learn_pairs(JPEG(), symbols, vocab), Tokenizer(JPEG(), ((255, 255), (0, 256), (256, 256), (1, 1)))):
         stream, lengths = tokens.encode(symbols)
         assert lengths.sum() == len(stream) and stream.max() < tokens.vocab
         for document, end in zip(symbols, np.cumsum(lengths), strict=True):
@@ -181,8 +182,8 @@ def test_byte_pairs_are_the_most_frequent(pictures):
 
 def test_codec_json_round_trips_and_names_a_foreign_encoder(tmp_path, pictures, monkeypatch):
     tokens = learn_pairs(JPEG(size=32), [JPEG().encode(picture) for picture in pictures], 280)
-    save_tokens(tmp_path, tokens)
-    assert load_tokens(tmp_path) == tokens
+    save_tokenizer(tmp_path, tokens)
+    assert load_tokenizer(tmp_path) == tokens
     assert foreign_encoder(tmp_path, tokens.codec) is None
     monkeypatch.setattr(codec, "fingerprint", lambda _: "another")
     assert "was encoded by Pillow" in foreign_encoder(tmp_path, tokens.codec)
@@ -190,8 +191,8 @@ def test_codec_json_round_trips_and_names_a_foreign_encoder(tmp_path, pictures, 
 
 def test_a_codec_json_that_is_not_ours_is_refused(tmp_path):
     with pytest.raises(UserError, match="run `python -m data.prepare"):
-        load_tokens(tmp_path)
+        load_tokenizer(tmp_path)
     for text in ("", "[]", json.dumps({"codec": "gif"}), json.dumps({"codec": "jpeg", "merges": []})):
         (tmp_path / "codec.json").write_text(text)
         with pytest.raises(UserError, match="not a codec.json"):
-            load_tokens(tmp_path)
+            load_tokenizer(tmp_path)

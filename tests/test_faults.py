@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT, RUN, command, config, losses, torchrun, validation
 
 import train as module
-from codec import UserError, load_tokens
-from data.prepare import digest
+from codec import load_tokenizer
+from plumbing.command import UserError
+from plumbing.files import digest
 from sample import checkpoints, damage, newest
+from tests.conftest import ROOT, RUN, command, config, losses, torchrun, validation
 from train import Stream, train
 
 
@@ -80,7 +81,7 @@ import os, pathlib, random, signal, sys, time
 import torch
 import train
 from sample import checkpoints, newest
-from codec import load_tokens
+from codec import load_tokenizer
 
 data, out = map(pathlib.Path, sys.argv[1:])
 shape = "--dim 64 --layers 2 --heads 2 --kv-heads 2".split()
@@ -176,7 +177,7 @@ def test_200_flipped_bytes_of_a_checkpoint_are_all_found(finished, tmp_path):
 
 
 def test_a_damaged_shard_is_named(prepared, tmp_path):
-    rng, grammar = np.random.default_rng(0), load_tokens(prepared).grammar
+    rng, grammar = np.random.default_rng(0), load_tokenizer(prepared).grammar
     for trial in range(20):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         shutil.copytree(prepared, tmp_path / "data")
@@ -293,7 +294,7 @@ def test_a_second_signal_ends_at_once():
 FAILING = """
 import os, sys, time
 import train
-from codec import run
+from plumbing.command import run
 
 real, steps = train.cross_entropy, iter(range(10**6))
 def broken(logits, targets, reduction="mean"):

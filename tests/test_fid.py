@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import scipy
 import torch
-from conftest import command, torchrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,6 +22,7 @@ from PIL import Image
 import fid
 from fid import Statistics, frechet_distance, frechet_infinity, kernel_distance, precision_recall
 from tests.benchmark import published_inception, random_state
+from tests.conftest import command, torchrun
 
 ROOT = Path(__file__).parents[1]
 GENUINE = ROOT.parent / "shared" / "inception" / "inception-2015-12-05-to-mixed_6e.pth"

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from codec import JPEG, Grammar, Tokens, UserError, learn_pairs
+from codec import JPEG, Grammar, Tokenizer, learn_pairs
 from data.shapes import draw
 from model import Cache, Llama, ModelConfig
+from plumbing.command import UserError
 from sample import choose, generate, on
 
 CODECS = [
@@ -36,17 +37,17 @@ def picture(seed: int, size: int) -> np.ndarray:
 
 
 @cache
-def tokens_of(codec: JPEG, vocab: int = 300) -> Tokens:
+def tokens_of(codec: JPEG, vocab: int = 300) -> Tokenizer:
     return learn_pairs(codec, [codec.encode(picture(i, codec.size)) for i in range(60)], vocab)
 
 
 @cache
-def plain_of(codec: JPEG) -> Tokens:
-    return Tokens(codec)
+def plain_of(codec: JPEG) -> Tokenizer:
+    return Tokenizer(codec)
 
 
 @cache
-def untrained(tokens: Tokens, context: int, told: bool = True) -> Llama:
+def untrained(tokens: Tokenizer, context: int, told: bool = True) -> Llama:
     positions = tokens.grammar.positions if told else ()
     shape = {"dim": 16, "layers": 1, "heads": 2, "kv_heads": 2, "hidden": 32}
     model = Llama(ModelConfig(vocab=tokens.vocab, positions=positions, context=context, **shape))
@@ -54,7 +55,7 @@ def untrained(tokens: Tokens, context: int, told: bool = True) -> Llama:
     return model.eval()
 
 
-def samples(tokens: Tokens, count: int, context: int, **options) -> list[np.ndarray]:
+def samples(tokens: Tokenizer, count: int, context: int, **options) -> list[np.ndarray]:
     begun = [np.array([tokens.start])] * count
     return generate(untrained(tokens, context), tokens, begun, [(1, i) for i in range(count)], **options)
 
@@ -138,7 +139,7 @@ def test_a_prompt_that_begins_no_valid_file_is_refused_with_its_place():
 
 def test_settings_that_the_grammar_does_not_cover_are_free():
     for restart in (0, 4):
-        tokens = Tokens(JPEG(restart=restart))
+        tokens = Tokenizer(JPEG(restart=restart))
         assert tokens.grammar.positions == ()
         assert accepted(tokens.grammar, [tokens.encode([tokens.codec.encode(picture(0, 64))])[0]]).all()
         assert np.flatnonzero(~tokens.grammar.legal(np.array([0]))).tolist() == [tokens.start]

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-import hf
-from codec import JPEG, Tokens
+from codec import JPEG, Tokenizer
 from model import Cache, Llama, ModelConfig
+from plumbing import huggingface
 from sample import choose, generate, grid
 
-FREE = Tokens(JPEG(restart=0), ((0, 0),) * 42)  # 300 tokens in any order
+FREE = Tokenizer(JPEG(restart=0), ((0, 0),) * 42)  # 300 tokens in any order
 SMALL = {"vocab": 300, "context": 96, "dim": 48, "layers": 3, "heads": 4, "hidden": 112}
 
 
@@ -33,14 +33,14 @@ def assert_logits_equal(model: Llama, reference: torch.nn.Module) -> None:
 def test_logits_equal_transformers_llama(kv_heads, theta):
     transformers = pytest.importorskip("transformers")
     model = small(kv_heads, rope_theta=theta)
-    theirs = transformers.LlamaConfig(**hf.settings(model.config))
+    theirs = transformers.LlamaConfig(**huggingface.settings(model.config))
     assert_logits_equal(model, transformers.LlamaForCausalLM(theirs))
 
 
 def test_qk_norm_is_that_of_qwen3():
     transformers = pytest.importorskip("transformers")
     model = small(2, qk_norm=True)
-    theirs = transformers.Qwen3Config(**hf.settings(model.config), head_dim=12)
+    theirs = transformers.Qwen3Config(**huggingface.settings(model.config), head_dim=12)
     assert_logits_equal(model, transformers.Qwen3ForCausalLM(theirs))
 
 

@@ -11,13 +11,17 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, command
 from PIL import Image
 
-from codec import JPEG, UserError, load_tokens
+from codec import JPEG, load_tokenizer
 from data import prepare as module
-from data.prepare import Unusable, prepare, read_square
+from data import sources
+from data.pictures import read_square
+from data.prepare import prepare
 from data.shapes import draw
+from data.sources import Unusable
+from plumbing.command import UserError
+from tests.conftest import ROOT, SHARED, command
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -26,7 +30,7 @@ def contents(folder) -> dict[str, bytes]:
 
 def documents(folder, split: str) -> list[np.ndarray]:
     """The symbols of every document of a split."""
-    tokens, found = load_tokens(folder), []
+    tokens, found = load_tokenizer(folder), []
     for path in sorted(folder.glob(f"{split}-*[0-9].npy")):
         stream, lengths = np.load(path), np.load(path.with_suffix(".lengths.npy"))
         found += [tokens.decode(part) for part in np.split(stream, np.cumsum(lengths)[:-1])]
@@ -121,7 +125,7 @@ def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path):
         with pytest.raises(Unusable, match=reason):
             read_square(data, 64)
     with pytest.raises(Unusable, match="unreadable"):
-        module.read_file(module.Item(str(tmp_path), 0, -1, "a folder"))
+        sources.read_file(sources.Item(str(tmp_path), 0, -1, "a folder"))
 
 
 def test_every_mode_becomes_rgb():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, RUN, command, config, fresh, losses, torchrun, validation
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -19,8 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 import sample
 import train as module
-from codec import UserError, load_tokens
-from data.prepare import digest
+from codec import load_tokenizer
+from plumbing.command import UserError
+from plumbing.files import digest
+from tests.conftest import ROOT, RUN, command, config, fresh, losses, torchrun, validation
 from train import CONFIGS, Config, Stream, evaluate, parse, rows_of, train
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def test_each_row_comes_once_an_epoch_in_an_order_of_its_own():
 
 
 def test_rows_lie_end_to_end(prepared):
-    stream = Stream(prepared, "train", load_tokens(prepared).grammar)
+    stream = Stream(prepared, "train", load_tokenizer(prepared).grammar)
     rows = stream.rows(256)
     assert np.array_equal(np.diff(rows), np.full(len(rows) - 1, 256))
     assert rows[-1] + 257 <= stream.bounds[-1] < rows[-1] + 257 + 256
@@ -45,7 +46,7 @@ def test_rows_lie_end_to_end(prepared):
 
 def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "data")
-    whole = Stream(prepared, "train", load_tokens(prepared).grammar)
+    whole = Stream(prepared, "train", load_tokenizer(prepared).grammar)
     tokens, report = whole.read(0, int(whole.bounds[-1])), json.loads((prepared / "report.json").read_text())
     cut = int(whole.documents[5])
     for i, part in enumerate((tokens[:cut], tokens[cut:])):
@@ -55,7 +56,7 @@ def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
         sha = digest(*(tmp_path / "data" / f"train-0000{i}{suffix}.npy" for suffix in ("", ".lengths")))
         report["shards"][f"train-0000{i}"] = {**report["shards"]["train-00000"], "sha256": sha}
     (tmp_path / "data" / "report.json").write_text(json.dumps(report))
-    stream = Stream(tmp_path / "data", "train", load_tokens(tmp_path / "data").grammar)
+    stream = Stream(tmp_path / "data", "train", load_tokenizer(tmp_path / "data").grammar)
     assert np.array_equal(stream.read(cut - 9, 30), tokens[cut - 9 : cut + 21])
     assert np.array_equal(stream.read(len(tokens) - 5, 20), np.concatenate([tokens[-5:], tokens[:15]]))
 
@@ -63,7 +64,7 @@ def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
 def test_evaluation_is_the_sum_over_documents_alone(prepared, tmp_path):
     """Batches and padding change nothing: bits an image are those of each document in a pass of its own."""
     stream, settings = (
-        Stream(prepared, "val", load_tokens(prepared).grammar),
+        Stream(prepared, "val", load_tokenizer(prepared).grammar),
         replace(config(prepared, tmp_path), vocab=300),
     )
     model = fresh(settings)
@@ -79,7 +80,7 @@ def test_evaluation_is_the_sum_over_documents_alone(prepared, tmp_path):
 
 
 def test_legal_bits_are_of_a_softmax_over_legal_tokens(prepared, tmp_path):
-    tokens = load_tokens(prepared)
+    tokens = load_tokenizer(prepared)
     stream, settings = Stream(prepared, "val", tokens.grammar), replace(config(prepared, tmp_path), vocab=300)
     model = fresh(settings)
     with torch.no_grad():
@@ -97,7 +98,7 @@ def test_legal_bits_are_of_a_softmax_over_legal_tokens(prepared, tmp_path):
 
 
 def test_states_of_any_piece_are_those_of_its_documents(prepared):
-    stream = Stream(prepared, "train", load_tokens(prepared).grammar)
+    stream = Stream(prepared, "train", load_tokenizer(prepared).grammar)
     whole = [
         stream.grammar.walk(stream.read(begin, end - begin).astype(np.int64)[None])[0][0]
         for begin, end in zip(stream.documents, stream.documents[1:], strict=False)
@@ -150,7 +151,7 @@ def test_two_processes_give_the_losses_of_one(prepared, finished, tmp_path):
 
 def test_z_loss_adds_the_square_of_the_denominators_logarithm(prepared, tmp_path):
     settings = replace(config(prepared, tmp_path), vocab=300)
-    stream, cpu = Stream(prepared, "train", load_tokens(prepared).grammar), torch.device("cpu")
+    stream, cpu = Stream(prepared, "train", load_tokenizer(prepared).grammar), torch.device("cpu")
     rows, grads = stream.rows(256)[:4], []
     for z_loss in (0.0, 0.3):
         model = fresh(replace(settings, z_loss=z_loss))
@@ -364,7 +365,7 @@ def test_samples_are_counted_written_and_continued(finished, tmp_path):
 def test_completions_keep_the_top_of_the_picture(finished, photos, tmp_path):
     result = command("sample.py", finished, "--prompt", photos / "class0", "--keep", 0, 0.5, "--to", tmp_path / "c")
     assert result.returncode == 0, result.stderr
-    codec = load_tokens(finished).codec
+    codec = load_tokenizer(finished).codec
     picture = codec.encode(np.asarray(Image.open(sorted((photos / "class0").iterdir())[0])))
     written = (tmp_path / "c" / "keep_0.5" / "00000.jpg").read_bytes()
     assert codec.file(codec.head(picture, 0.5))[:-2] == written[: len(codec.file(codec.head(picture, 0.5))) - 2]

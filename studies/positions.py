@@ -1,8 +1,8 @@
 """The comparisons of the README: what syntax positions are worth, and how often a free model writes a valid file.
 
-python -m tests.study positions OUT --data data/shapes data/eurosat     # trains plain and told at two sizes
-python -m tests.study without OUT --data data/shapes data/eurosat       # trains with each position held back in turn
-python -m tests.study validity RUN                                      # of every checkpoint (train.py --keep 9)
+python -m studies.positions positions OUT --data data/shapes data/eurosat     # plain and told, at two sizes
+python -m studies.positions without OUT --data data/shapes data/eurosat       # each position held back in turn
+python -m studies.positions validity RUN                                      # of every checkpoint (train.py --keep 9)
 """
 
 import json
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from codec import Flags, Grammar, UserError, run
+from codec import Grammar
+from plumbing.command import Flags, UserError, run
 from sample import checkpoints, generate, load_checkpoint
 from train import draw_curves, parse, train
 

@@ -1,17 +1,18 @@
-"""What hf.py promises: transformers loads what is written, and what transformers and sentencepiece write is read."""
+"""Hugging Face folders: transformers loads what is written; what it and sentencepiece write is read."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, config
 
-import hf
-from codec import JPEG, UserError
+from codec import JPEG
 from data.shapes import draw
 from model import Llama, ModelConfig
+from plumbing import huggingface
+from plumbing.command import UserError
 from sample import checkpoints, newest, read_run
+from tests.conftest import command, config
 from train import train
 
 transformers = pytest.importorskip("transformers")
@@ -32,8 +33,8 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     codec, text = JPEG(size=256, header=True), folder / "text"
     rng = np.random.default_rng(0)
-    lines = ["".join(chr(hf.BYTE + b) for b in codec.encode(draw(i, 256)).tolist()) for i in range(20)]
-    lines += ["".join(chr(hf.BYTE + b) for b in rng.permutation(256).tolist()) for _ in range(4)]
+    lines = ["".join(chr(huggingface.BYTE + b) for b in codec.encode(draw(i, 256)).tolist()) for i in range(20)]
+    lines += ["".join(chr(huggingface.BYTE + b) for b in rng.permutation(256).tolist()) for _ in range(4)]
     text.write_text("\n".join(lines), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=320, minloglevel=2,
@@ -73,7 +74,7 @@ def test_a_published_folder_gives_the_logits_of_transformers(published):
     theirs = transformers.LlamaForCausalLM.from_pretrained(published, torch_dtype=torch.float32).eval()
     ours, tokens, _ = read_run(published, torch.device("cpu"))
     assert (ours.config.heads, ours.config.context, tokens.codec) == (32, 65_536, JPEG(size=256, header=True))
-    _, order = hf.read_tokenizer(published / "tokenizer.model", tokens.codec)
+    _, order = huggingface.read_tokenizer(published / "tokenizer.model", tokens.codec)
     assert len(set(order)) == len(order) == tokens.vocab == 319  # all but the unknown
     x = torch.randint(0, tokens.vocab, (1, 300), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -87,10 +88,12 @@ def test_pairs_are_those_of_sentencepiece(published):
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(published / "tokenizer.model"))
     codec = JPEG(size=256, header=True)
-    tokens, order = hf.read_tokenizer(published / "tokenizer.model", codec)
+    tokens, order = huggingface.read_tokenizer(published / "tokenizer.model", codec)
     for i in range(30):
         symbols = codec.encode(draw(100 + i, 256))
-        theirs = processor.encode("".join(chr(hf.BYTE + byte) for byte in symbols.tolist()), add_bos=True, add_eos=True)
+        theirs = processor.encode(
+            "".join(chr(huggingface.BYTE + byte) for byte in symbols.tolist()), add_bos=True, add_eos=True
+        )
         ours = tokens.encode([symbols])[0]
         assert [order[token] for token in ours] == theirs
         assert np.array_equal(tokens.decode(ours), symbols)
@@ -98,8 +101,8 @@ def test_pairs_are_those_of_sentencepiece(published):
 
 def test_bin_weights_and_tied_heads_are_read(tmp_path, plain):
     ours, tokens, _ = read_run(plain, torch.device("cpu"))
-    hf.write(tmp_path, ours, tokens)
-    state = hf.read_safetensors(tmp_path / "model.safetensors")
+    huggingface.write(tmp_path, ours, tokens)
+    state = huggingface.read_safetensors(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     state.pop("lm_head.weight")
     half = len(state) // 2
@@ -112,7 +115,7 @@ def test_bin_weights_and_tied_heads_are_read(tmp_path, plain):
 
 def test_training_begins_with_given_weights(plain, prepared, tmp_path):
     ours, tokens, _ = read_run(plain, torch.device("cpu"))
-    hf.write(tmp_path / "hf", ours, tokens)
+    huggingface.write(tmp_path / "hf", ours, tokens)
     settings = ["--no-syntax", "--steps", "4", "--lr", "1e-9", "--init", str(tmp_path / "hf")]
     train(config(prepared, tmp_path / "run", *settings))
     begun, _, _ = read_run(tmp_path / "run", torch.device("cpu"))
@@ -123,7 +126,7 @@ def test_training_begins_with_given_weights(plain, prepared, tmp_path):
 
 
 def test_published_folders_write_files_and_continue_to_train(published, prepared, tmp_path):
-    model, tokens = hf.read(published, torch.device("cpu"))
+    model, tokens = huggingface.read(published, torch.device("cpu"))
     assert newest(checkpoints(published)) is None and tokens.grammar.mcus == 256
     sizes = {"dim": 256, "layers": 2, "heads": 32, "kv-heads": 32, "hidden": 352, "steps": 2, "every": 2}
     shape = ["--no-syntax", *(f"--{name}={value}" for name, value in sizes.items())]
@@ -138,9 +141,9 @@ def test_published_folders_write_files_and_continue_to_train(published, prepared
 
 def test_what_is_no_plain_llama_is_refused(plain, finished, tmp_path):
     with pytest.raises(UserError, match="no syntax positions"):
-        hf.write(tmp_path / "told", *read_run(finished, torch.device("cpu"))[:2])
+        huggingface.write(tmp_path / "told", *read_run(finished, torch.device("cpu"))[:2])
     model, tokens, _ = read_run(plain, torch.device("cpu"))
-    hf.write(tmp_path, model, tokens)
+    huggingface.write(tmp_path, model, tokens)
     theirs = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"model_type": "mistral"}, "a mistral with default rotary positions"),
@@ -150,12 +153,12 @@ def test_what_is_no_plain_llama_is_refused(plain, finished, tmp_path):
     ):
         (tmp_path / "config.json").write_text(json.dumps({**theirs, **change}))
         with pytest.raises(UserError, match=message):
-            hf.read(tmp_path, torch.device("cpu"))
+            huggingface.read(tmp_path, torch.device("cpu"))
     (tmp_path / "config.json").write_text(json.dumps(theirs))
     (tmp_path / "codec.json").unlink()
     with pytest.raises(UserError, match="neither codec.json nor tokenizer.model"):
-        hf.read(tmp_path, torch.device("cpu"))
+        huggingface.read(tmp_path, torch.device("cpu"))
     data = bytearray((tmp_path / "model.safetensors").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="cannot be read"):
-        hf.read(tmp_path, torch.device("cpu"))
+        huggingface.read(tmp_path, torch.device("cpu"))

@@ -3,8 +3,8 @@
     python train.py --out out/small --hf folder           # LlamaForCausalLM.from_pretrained("folder")
     python sample.py folder --length 8192 --batch 4       # such a folder, or one published for JPEG-LM
 
-A sentencepiece tokenizer numbers its tokens otherwise than `codec.Tokens` does.  Its rows of the embedding and of the
-head are put into our order once, when they are read, and nothing else has to know.
+A sentencepiece tokenizer numbers its tokens otherwise than `codec.Tokenizer` does.  Its rows of the embedding and of
+the head are put into our order once, when they are read, and nothing else has to know.
 """
 
 import json
@@ -16,8 +16,9 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
-from codec import JPEG, Tokens, UserError, load_tokens, save_tokens
+from codec import JPEG, Tokenizer, load_tokenizer, save_tokenizer
 from model import Llama, ModelConfig, empty, fill
+from plumbing.command import UserError
 
 NAMES = {  # theirs and ours
     "vocab_size": "vocab",
@@ -109,7 +110,7 @@ def fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
         at += length
 
 
-def read_tokenizer(path: Path, codec: JPEG) -> tuple[Tokens, list[int]]:
+def read_tokenizer(path: Path, codec: JPEG) -> tuple[Tokenizer, list[int]]:
     """A sentencepiece model of bytes as tokens of ours, and the row of the model that each of them has there.
 
     A piece is a message of text (field 1), score (2) and kind (3: unknown 2, control 3); pieces are merged in the
@@ -140,7 +141,7 @@ def read_tokenizer(path: Path, codec: JPEG) -> tuple[Tokens, list[int]]:
         order += [controls["<s>"], controls["</s>"]]
     except KeyError as missing:
         raise UserError(f"{path} has no {missing}: only tokenizers with <s> and </s> are read") from None
-    return Tokens(codec, tuple(merges)), order
+    return Tokenizer(codec, tuple(merges)), order
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def settings(config: ModelConfig) -> dict[str, object]:
     return {**theirs, "rope_parameters": rope, "tie_word_embeddings": False}
 
 
-def write(folder: Path, model: Llama, tokens: Tokens) -> None:
+def write(folder: Path, model: Llama, tokens: Tokenizer) -> None:
     """A folder that transformers loads to the same logits.  Errors: UserError, if the model is no plain Llama."""
     config = model.config
     if config.positions or config.qk_norm:
@@ -171,10 +172,10 @@ def write(folder: Path, model: Llama, tokens: Tokens) -> None:
     (folder / "config.json").write_text(json.dumps(theirs, indent=1) + "\n")
     inside = {name: "" if name.startswith("lm_head") else "model." for name in model.state_dict()}
     write_safetensors(folder / "model.safetensors", {inside[n] + n: tensor for n, tensor in model.state_dict().items()})
-    save_tokens(folder, tokens)
+    save_tokenizer(folder, tokens)
 
 
-def read(folder: Path, device: torch.device) -> tuple[Llama, Tokens]:
+def read(folder: Path, device: torch.device) -> tuple[Llama, Tokenizer]:
     """The model of a Llama folder, in float32, and its tokens.  Errors: those of `parts`."""
     config, tokens, state = parts(folder)
     model = empty(config, device)
@@ -183,7 +184,7 @@ def read(folder: Path, device: torch.device) -> tuple[Llama, Tokens]:
     return model.eval(), tokens
 
 
-def parts(folder: Path) -> tuple[ModelConfig, Tokens, dict[str, Tensor]]:
+def parts(folder: Path) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor]]:
     """Shape, tokens and weights of a Llama folder, the weights as they lie in its files, which are mapped, not read.
 
     The tokens come from codec.json, or from tokenizer.model and JPEGs of the paper.  Errors: UserError for what is no
@@ -206,7 +207,7 @@ def parts(folder: Path) -> tuple[ModelConfig, Tokens, dict[str, Tensor]]:
     if "lm_head.weight" not in state and "embed_tokens.weight" in state:
         state["lm_head.weight"] = state["embed_tokens.weight"]  # tied
     if (folder / "codec.json").exists():
-        tokens, order = load_tokens(folder), list(range(ours["vocab"]))
+        tokens, order = load_tokenizer(folder), list(range(ours["vocab"]))
     elif (folder / "tokenizer.model").exists():
         tokens, order = read_tokenizer(folder / "tokenizer.model", JPEG(size=256, header=True))
     else:
