@@ -33,9 +33,6 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of every query and key: no attention logit can grow without bound
 
 
-NOWHERE = torch.empty(0)  # no syntax positions
-
-
 def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every (position, frequency) angle, each twice side by side: two (T, E)."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
@@ -140,7 +137,7 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab, bias=False)
 
-    def forward(self, tokens: Tensor, positions: Tensor = NOWHERE, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Tokens (B, T), and where in the file's syntax each leads (B, T, F), to the logits of the next (B, T, vocab).
 
         Syntax positions are what a reader of the file knows before the next token, say which coefficient is being
@@ -151,8 +148,8 @@ class Llama(nn.Module):
         assert end <= config.context, f"{end} tokens, but the model's context is {config.context}"
         table = rotary_table(start, end, config.dim // config.heads, config.rope_theta, tokens.device)
         x = self.embed_tokens(tokens)
-        for embed, position in zip(self.embed_positions, positions.unbind(-1), strict=False):
-            x = x + embed(position)
+        for number, embed in enumerate(self.embed_positions):
+            x = x + embed(positions[..., number])
         for block in self.layers:
             x = block(x, table, cache)
         if cache is not None:

@@ -1,371 +1,249 @@
 """Let a trained model write files.
 
-    python sample.py out/small                                        # 64 pictures into out/small/samples, and a grid
+    python sample.py out/small                                        # 64 files into out/small/samples, and a grid
     python sample.py out/small --prompt cat.png --keep 0.5            # complete the lower half of a picture
     python sample.py out/small --prompt photos --keep 0.25 0.5 0.75 --to completed
 
-Each picture has a seed of its own, (--seed, its number), so it does not depend on the batch it is drawn in.  The
-files hold the very bytes that the model wrote, with the tables put back; the last line counts how many are whole
-valid files.
+Each file has a seed of its own, (--seed, its number), and does not depend on what is drawn beside it, but for rounding:
+products of larger matrices add up in another order, and between two tokens that are nearly as likely that may decide.
+3 of 300 files differed between batches of 1 and 60 on a CPU in float32, and more will on a GPU in bf16.
+
+The files hold the very symbols that the model wrote; the last line counts how many are whole valid files.
 """
 
-import io
+import argparse
 import json
 import math
-import os
-import pickle
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from PIL import Image
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from codec import Grammar, Tokenizer, foreign_encoder, load_tokenizer
-from data.pictures import read_square
-from data.prepare import chunks
-from data.sources import Item, Unusable, read_file, walk
-from model import Cache, Llama, ModelConfig, empty
-from plumbing import huggingface
+from codec import Tokenizer, foreign_encoder
+from data.prepare import chunks, read
+from data.prompts import prompts_of
+from data.sources import Item
+from grammar import FAR, Grammar, refuse_bad_prompts
+from model import Cache, Llama
+from plumbing.checkpoint import read_run
 from plumbing.command import Flags, UserError, differences, run
-from plumbing.files import digest, write_whole
+from plumbing.draw import save_grid
+from plumbing.files import digest, read_json, write_json, write_whole
+from plumbing.processes import ANY_LENGTH, at_once, best_device, precision
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that one process saves or reads alone is meant
-
-# --- generation -----------------------------------------------------------------------------------------------------
-
-# All kernels of attention but cuDNN's, which is built anew for each length: that pays in training alone.
-ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# --- drawing tokens -------------------------------------------------------------------------------------------------
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int = 0  # draw from the k likeliest tokens; 0: from all
+    top_p: float = 1.0  # draw from the likeliest tokens that make up p
+    length: int = 0  # tokens of a file at most; 0: the model's context
+    free: bool = False  # let the model write what the format does not allow
+
+    def __post_init__(self) -> None:
+        if not (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3):
+            raise UserError(f"--temperature is {self.temperature}: choose 0, or 0.001 to 1000")
+        if not 1e-6 <= self.top_p <= 1:
+            raise UserError(f"--top-p is {self.top_p}: choose 0.000001 to 1")
+        if min(self.top_k, self.length) < 0:
+            raise UserError(f"--top-k {self.top_k} --length {self.length}: choose 1 or more, or 0 for no limit")
+
+
+def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Draw a next token for each row of logits (B, V) with its number `uniform` (B,) in [0, 1): (B,).
 
-    Of the `top_k` likeliest (0: all), those that make up `top_p` of the probability; temperature 0 takes the likeliest.
     The tokens stand in the order of their probability, and the number says how far down the row to go.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    values, tokens = logits.float().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
-    probability = (values / temperature).softmax(-1)
-    probability[probability.cumsum(-1) - probability >= top_p] = 0
+    values, tokens = logits.float().topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
+    probability = (values / sampling.temperature).softmax(-1)
+    probability[probability.cumsum(-1) - probability >= sampling.top_p] = 0
     below = probability.cumsum(-1)
     place = torch.searchsorted(below, (uniform * below[:, -1])[:, None], right=True)
     return tokens.gather(-1, place.clamp(max=(probability > 0).sum(-1, keepdim=True) - 1))[:, 0]
 
 
+class Dice:
+    """The random numbers of each file, which its seed alone decides."""
+
+    def __init__(self, seeds: list[tuple[int, int]], length: int, device: torch.device):
+        self.files = [np.random.Generator(np.random.Philox(key=list(seed))) for seed in seeds]
+        rows = np.stack([dice.random(length, np.float32) for dice in self.files])
+        self.first = torch.from_numpy(rows).to(device)  # (B, length) one for each token
+
+    def more(self, rows: Sequence[int]) -> Tensor:
+        """A further number of some files."""
+        return self.first.new_tensor([self.files[row].random() for row in rows])
+
+
+BANS = 16  # refusals of a token, after which it pays to ask for all that are legal
+
+
+def draw(
+    grammar: Grammar, states: object, logits: Tensor, forced: Tensor, at: int, room: int, dice: Dice, sampling: Sampling
+) -> tuple[Tensor, object]:
+    """The token that stands at `at` in each file (B,), drawn unless `forced` (not -1), and the states after them.
+
+    Mask what is known to be illegal, draw, ask, ban what was refused and draw again: that is drawing from what is
+    legal.
+    """
+    banned = grammar.mask(states, room) & (not sampling.free)
+    tokens = choose(logits.masked_fill(banned, -math.inf), dice.first[:, at], sampling)
+    tokens = torch.where(forced >= 0, forced, tokens)
+    states, refused = grammar.accept(states, tokens, FAR - 1 if sampling.free else room)
+    tries = 0
+    while len(refused) and not sampling.free:
+        rows, tries = list(refused), tries + 1
+        banned[rows, tokens[rows]] = True
+        if tries == BANS:
+            banned[rows] = grammar.mask(states, room, exact=True)[rows]
+        again = torch.full_like(tokens, -1)  # which reads nothing
+        again[rows] = choose(logits[rows].masked_fill(banned[rows], -math.inf), dice.more(rows), sampling)
+        tokens[rows] = again[rows]
+        states, refused = grammar.accept(states, again, room)
+    return tokens, states
+
+
 @lru_cache(2)
-def on(device: torch.device, grammar: Grammar) -> Grammar:
-    """The grammar with its tables on a device."""
-    tables = {name: getattr(grammar, name) for name in ("table", "away", "syntax", "places")}
-    return replace(grammar, **{name: torch.from_numpy(table).to(device) for name, table in tables.items()})
-
-
-def begin(grammar: Grammar, prompts: list[np.ndarray], length: int) -> None:
-    """Refuse prompts that begin no valid file, or none that can end within `length` tokens."""
-    size = len(grammar.table)
-    for number, prompt in enumerate(prompts):
-        states, allowed = grammar.walk(prompt[None].astype(np.int64))
-        if not allowed.all():
-            where = f"token {int(allowed[0].argmin())} of {len(prompt)}"
-            advice = "encode it as the model's data, or pass --free"
-            raise UserError(f"prompt {number} does not begin a valid file ({where}): {advice}")
-        rest = int(grammar.rest(states[0, -1] // size, states[0, -1] % size))
-        if rest > length - len(prompt):
-            room = f"{max(0, length - len(prompt))} are left after a prompt of {len(prompt)}"
-            needs = f"the rest of the file takes {rest} tokens or more, and {room}"
-            raise UserError(f"{needs}: pass --free, or take a model of more context")
+def grammar_on(device: torch.device, tokenizer: Tokenizer) -> Grammar:
+    return tokenizer.grammar.to(device)
 
 
 @torch.no_grad()
 @sdpa_kernel(ANY_LENGTH)
 def generate(
     model: Llama,
-    tokens: Tokenizer,
+    tokenizer: Tokenizer,
     prompts: list[np.ndarray],
     seeds: list[tuple[int, int]],
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    length: int | None = None,
-    free: bool = False,
-    over: Callable[[Tensor], Tensor] = torch.all,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    all_done: Callable[[Tensor], Tensor] = torch.all,
 ) -> list[np.ndarray]:
     """Continue each prompt, tokens (n,), to the end of a whole valid file of `length` tokens (the context) at most.
 
     Only tokens that the grammar allows are drawn; if `free`, all are, and the length may cut the file.  The prompts
-    may differ in length: where one is longer than the others, its tokens take the place of those drawn.  `over` says
-    whether all files (B,) have ended; processes that share a model must agree.
+    may differ in length: where one is longer than the others, its tokens take the place of those drawn.  `all_done`
+    says whether all files (B,) have ended; processes that share a model must agree.
     """
-    device = model.lm_head.weight.device
-    length = min(length or model.config.context, model.config.context)
-    if not free:
-        begin(tokens.grammar, prompts, length)
-    grammar = on(device, tokens.grammar)
-    numbers = [np.random.Generator(np.random.Philox(key=list(seed))).random(length, np.float32) for seed in seeds]
-    uniform = torch.from_numpy(np.stack(numbers)).to(device)
+    device, length = model.lm_head.weight.device, min(sampling.length or FAR, model.config.context)
+    given = min(length, *map(len, prompts))
+    if not sampling.free:
+        refuse_bad_prompts(tokenizer.grammar, prompts, length)
     written = torch.full((len(prompts), length), -1, dtype=torch.long)
     for row, prompt in zip(written, prompts, strict=True):
         row[: len(prompt)] = torch.from_numpy(prompt[:length].astype(np.int64))
-    written, given = written.to(device), min(map(len, prompts))
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    states = torch.from_numpy(tokens.grammar.walk(written[:, :given].cpu().numpy())[0]).to(device)
-    cache, state = Cache(model.config, len(prompts), length), states[:, -1]
-    logits = model(written[:, :given], grammar.position(states), cache)[:, -1]
+    written, dice, grammar = written.to(device), Dice(seeds, length, device), grammar_on(device, tokenizer)
+    cache, done = Cache(model.config, len(prompts), length), torch.zeros(len(prompts), dtype=torch.bool, device=device)
+
+    states = grammar.begin(len(prompts))
+    syntax = [grammar.positions(states)]
+    for at in range(1, given):
+        states, _ = grammar.accept(states, written[:, at], FAR - 1)
+        syntax.append(grammar.positions(states))
+    logits = model(written[:, :given], torch.stack(syntax, 1), cache)[:, -1]
     for at in range(given, length):
-        legal = grammar.legal(state, length - 1 - at) | free
-        drawn = choose(logits.masked_fill(~legal, -math.inf), uniform[:, at], temperature, top_k, top_p)
-        written[:, at] = torch.where(written[:, at] >= 0, written[:, at], drawn.masked_fill(done, tokens.end))
-        done |= written[:, at] == tokens.end
-        if at % 16 == 0 and over(done):  # asking every step would make a GPU wait
+        forced = torch.where(written[:, at] >= 0, written[:, at], torch.where(done, tokenizer.end, -1))
+        tokens, states = draw(grammar, states, logits, forced, at, length - 1 - at, dice, sampling)
+        written[:, at] = tokens
+        done |= tokens == tokenizer.end
+        if at % 16 == 0 and all_done(done):  # asking every step would make a GPU wait
             break
         if at < length - 1:
-            state, _ = grammar.advance(state, written[:, at])
-            logits = model(written[:, at : at + 1], grammar.position(state)[:, None], cache)[:, -1]
+            logits = model(tokens[:, None], grammar.positions(states)[:, None], cache)[:, -1]
     return [row[row >= 0] for row in written.cpu().numpy()]
-
-
-def at_once(model: Llama, length: int) -> int:
-    """How many files of so many tokens: their keys and values fill no more than a quarter of a GPU, or 4 GB."""
-    config, device = model.config, model.lm_head.weight.device
-    budget = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 4 << 30
-    numbers = 2 * config.layers * config.kv_heads * (config.dim // config.heads) * length
-    return max(1, min(64, budget // (numbers * precision(device).itemsize)))
-
-
-def grid(pictures: list[np.ndarray]) -> Image.Image:
-    """Pictures (H, W, 3) side by side, a thin line between them, enlarged if they are small."""
-    columns = math.ceil(len(pictures) ** 0.5)
-    height, width, _ = pictures[0].shape
-    sheet = np.full((-(-len(pictures) // columns) * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
-        sheet[top : top + height, left : left + width] = picture
-    image, scale = Image.fromarray(sheet), max(1, 512 // sheet.shape[1])
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-
-
-# --- the machine ----------------------------------------------------------------------------------------------------
-
-
-def best_device() -> torch.device:
-    """This process's GPU where there is one, else a Mac's, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """What to compute in: bf16 where a GPU has it, else float32, which most CPUs are faster in."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-
-
-# --- a run folder ---------------------------------------------------------------------------------------------------
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, the newest first."""
-    return sorted((path for path in out.glob("step_*") if path.suffix != ".part"), reverse=True)
-
-
-def damage(checkpoint: Path, share: slice = slice(None)) -> str | None:
-    """None if every file, or every one of a share, is as it was written, else the name of the first that is not."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return "manifest.json"
-    for name, sha in sorted(manifest.items())[share]:
-        try:
-            if digest(checkpoint / name) != sha:
-                return name
-        except OSError:  # it is not there, or a training that goes on removes it just now
-            return name
-    return None
-
-
-def newest(found: list[Path], say=print, judge=damage) -> Path | None:
-    """The first undamaged one of some checkpoints, the newest first; what is passed over is named."""
-    for checkpoint in found:
-        if not (name := judge(checkpoint)):
-            return checkpoint
-        say(f"{checkpoint} is damaged ({name} is not as it was written): using the one before")
-
-
-PARTS = {  # what torch pickles into the .metadata of a checkpoint; besides, names of number formats
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    },
-    "pathlib": {"Path", "PosixPath", "WindowsPath"},
-}
-
-
-class Metadata(pickle.Unpickler):
-    """Refuses whatever is no part of a checkpoint, before it runs: a pickle can name any function."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if name in PARTS.get(module, ()) or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-class Planner(DefaultLoadPlanner):
-    """Reads what is no tensor without running code from the file."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
-
-
-def read_state(state: dict, checkpoint: Path) -> None:
-    """Fill a nested dictionary of tensors, whole or sharded, from a checkpoint.  Errors: UserError for foreign code."""
-    try:
-        with open(checkpoint / ".metadata", "rb") as file:
-            Metadata(file).load()
-        dcp.load(state, checkpoint_id=checkpoint, planner=Planner())
-    except (pickle.UnpicklingError, CheckpointException) as error:
-        raise UserError(f"{checkpoint} holds what no checkpoint of ours does ({cause(error)}): do not use it") from None
-
-
-def cause(error: BaseException) -> BaseException:
-    """What distributed checkpoints wrap, once for each stage."""
-    while isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return error
-
-
-def load_checkpoint(checkpoint: Path, device: torch.device) -> tuple[Llama, Tokenizer]:
-    """The model of a checkpoint, whole, on one device, whatever number of processes wrote it, and its tokens."""
-    saved = json.loads((checkpoint / "config.json").read_text())
-    config = ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig) if field.name in saved})
-    model = empty(config, device).eval()
-    read_state({"model": model.state_dict()}, checkpoint)
-    return model, load_tokenizer(checkpoint)
-
-
-def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokenizer, Path]:
-    """Model and tokens of a run's newest checkpoint, or of a Llama folder of Hugging Face; and where they were."""
-    if not any(out.glob("step_*")) and (any(out.glob("*.safetensors")) or any(out.glob("pytorch_model*.bin"))):
-        return *huggingface.read(out, device), out
-    checkpoint = newest(checkpoints(out))
-    if checkpoint is None:
-        raise UserError(f"{out} holds no checkpoint: run `python train.py --out {out}` first")
-    return *load_checkpoint(checkpoint, device), checkpoint
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def read_prompts(source: Path, tokens: Tokenizer, to: Path) -> list[np.ndarray]:
-    """The symbols of a picture, or of every picture below a folder, encoded anew with the settings of the model.
-
-    Beside the completions go what to compare them with: TO/originals, as cut out and resized, and TO/roundtrip, as the
-    codec gives them back.
-    """
-    found = []
-    for item in walk(source) if source.is_dir() else [Item(str(source), 0, -1, source.name)]:
-        try:
-            pixels = read_square(read_file(item), tokens.codec.size)
-        except Unusable as reason:
-            print(f"skipped {item.name}: {reason}")
-            continue
-        found.append(tokens.codec.encode(pixels))
-        for name in ("originals", "roundtrip"):
-            (to / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(to / "originals" / f"{len(found) - 1:05d}.png")
-        (to / "roundtrip" / f"{len(found) - 1:05d}{tokens.codec.suffix}").write_bytes(tokens.codec.file(found[-1]))
-    if not found:
-        raise UserError(f"--prompt {source} holds no usable picture: name an image file, or a folder of them")
-    return found
-
-
-def write(folder: Path, model: Llama, tokens: Tokenizer, prompts: list[np.ndarray], settings: dict, batch: int) -> int:
-    """Complete the prompts (symbols), write the files that are not there yet, and count the valid ones."""
-    folder.mkdir(parents=True, exist_ok=True)
+def refuse_others(folder: Path, settings: dict[str, object]) -> None:
+    """Refuse a folder whose files were drawn otherwise.  Errors: UserError."""
     note = folder / "samples.json"
-    if note.exists() and (changed := differences(json.loads(note.read_text()), settings)):
+    if note.exists() and (changed := differences(read_json(note), json.loads(json.dumps(settings)))):
         raise UserError(f"{folder} holds other samples ({changed}): choose another with --to, or delete this one")
-    note.write_text(json.dumps(settings, indent=1) + "\n")
-    paths = [folder / f"{i:05d}{tokens.codec.suffix}" for i in range(len(prompts))]
+
+
+def write(folder: Path, model: Llama, tokenizer: Tokenizer, prompts: list, settings: dict, batch: int) -> int:
+    """Complete the prompts (symbols), write the files that are not there yet, and count the valid ones."""
+    codec, invalid = tokenizer.codec, folder / "invalid.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:05d}{codec.suffix}" for i in range(len(prompts))]
     waiting = [i for i, path in enumerate(paths) if not path.exists()]
-    limits = {name: settings[name] for name in ("temperature", "top_k", "top_p", "length", "free")}
-    with tqdm(total=len(paths), initial=len(paths) - len(waiting), unit=" files", desc=str(folder)) as bar:
+    sampling = Sampling(**{each.name: settings[each.name] for each in fields(Sampling)})
+    with tqdm(None, str(folder), len(paths), initial=len(paths) - len(waiting), unit=" files", disable=None) as bar:
         for numbers in chunks(waiting, batch):
-            begun = [tokens.encode([prompts[i]])[0][:-1] for i in numbers]  # all but the end
-            rows = generate(model, tokens, begun, [(settings["seed"], i) for i in numbers], **limits)
+            begun = [tokenizer.encode([prompts[i]])[0][:-1] for i in numbers]  # all but the end
+            rows = generate(model, tokenizer, begun, [(settings["seed"], i) for i in numbers], sampling)
+            write_json(folder / "samples.json", settings)  # now that there is something to note
             for i, row in zip(numbers, rows, strict=True):
-                symbols = tokens.decode(row)
-                if wrong := tokens.codec.check(symbols):
-                    with open(folder / "invalid.txt", "a") as file:
+                symbols = tokenizer.decode(row)
+                if wrong := codec.check(symbols):
+                    with open(invalid, "a") as file:
                         file.write(f"{paths[i].name}\t{wrong}\n")
-                write_whole(paths[i], tokens.codec.file(symbols))
+                write_whole(paths[i], codec.file(symbols))
                 bar.update()
-    grid([np.asarray(Image.open(path)) for path in paths[:64]]).save(folder / "grid.png")
-    invalid = (folder / "invalid.txt").read_text().splitlines() if (folder / "invalid.txt").exists() else []
-    return len(paths) - len({line.split("\t")[0] for line in invalid})
+    save_grid(folder / "grid", [next(read(Item(str(path), 0, -1, path.name), codec, Counter())) for path in paths[:64]])
+    lines = invalid.read_text(errors="replace").splitlines() if invalid.exists() else []
+    return len(paths) - len({line.split("\t")[0] for line in lines} & {path.name for path in paths})
+
+
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Sampling]:
+    """The flags, and of them how to draw.  Errors: UserError."""
+    parser = Flags(__doc__)
+    parser.add_argument("run", type=Path, help="run folder of train.py, or a Llama folder of Hugging Face")
+    parser.add_argument("--count", type=int, help="files (default: 64), or completions of each prompt (default: 1)")
+    parser.add_argument("--to", type=Path, help="folder to write (default: RUN/samples or RUN/completions)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+    parser.add_argument("--batch", type=int, help="files at once (default: 64, or what fits the memory)")
+    parser.add_argument("--prompt", type=Path, help="a file to complete, or a folder of them")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="shares that are given (default: 0.5)")
+    parser.add_fields(Sampling())
+    flags = parser.parse(arguments)
+    for name, least, most in (("count", 1, 10**9), ("batch", 1, 10**6), ("seed", 0, 2**63 - 1)):
+        value = getattr(flags, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name} is {value}: choose {least} to {most}")
+    if not all(0 <= keep < 1 for keep in flags.keep):
+        raise UserError(f"--keep is {' '.join(map(str, flags.keep))}: choose from 0 to below 1")
+    return flags, Sampling(**{each.name: getattr(flags, each.name) for each in fields(Sampling) if each.name in flags})
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Flags(__doc__)
-    parser.add_argument("run", type=Path, help="run folder of train.py, or a Llama folder of Hugging Face")
-    parser.add_argument(
-        "--count", type=int, help="how many files (default: 64), or how many of each prompt (default: 1)"
-    )
-    parser.add_argument("--to", type=Path, help="folder to write (default: RUN/samples or RUN/completions)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
-    parser.add_argument(
-        "--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all (default: 0)"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that make up p (default: 1)")
-    parser.add_argument("--length", type=int, help="tokens of a file at most (default: the model's context)")
-    parser.add_argument("--batch", type=int, help="files at once (default: 64, or what fits the memory)")
-    parser.add_argument("--prompt", type=Path, help="a picture to complete, or a folder of them")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="share of the rows given (default: 0.5)")
-    parser.add_argument("--free", action="store_true", help="let the model write what the format does not allow")
-    flags = parser.parse(arguments)
-    counts = [value for value in (flags.batch, flags.count, flags.length) if value is not None]
-    if min(flags.temperature, flags.top_k, flags.seed) < 0 or not 0 < flags.top_p <= 1 or min(counts, default=1) < 1:
-        bounds = "--temperature, --top-k and --seed are at least 0, --batch, --count and --length at least 1"
-        raise UserError(f"{bounds}, --top-p is above 0 and up to 1")
-
+    flags, sampling = parse(arguments)
     device = best_device()
-    model, tokens, source = read_run(flags.run, device)
+    model, tokenizer, source = read_run(flags.run, device)
     model.to(precision(device))
-    if not flags.free and not tokens.grammar.shortest:
-        print(f"note: the grammar does not cover {tokens.codec}, so that files may be invalid, as with --free")
-    settings = {name: getattr(flags, name) for name in ("seed", "temperature", "top_k", "top_p", "length", "free")}
-    settings |= {"checkpoint": str(source), "codec": asdict(tokens.codec)}
+    codec, batch = tokenizer.codec, flags.batch or at_once(model, sampling.length or model.config.context)
+    held = next(path for path in (source / "manifest.json", source / "config.json") if path.exists())
+    settings = {"seed": flags.seed, **asdict(sampling), "codec": codec.settings}
+    settings |= {"checkpoint": source.name, "weights": digest(held)[:16]}
     if flags.prompt is None:
-        jobs = {flags.to or flags.run / "samples": [np.empty(0, tokens.dtype)] * (flags.count or 64)}
+        jobs = {flags.to or flags.run / "samples": [np.empty(0, tokenizer.dtype)] * (flags.count or 64)}
+        refuse_others(*jobs, settings)
     else:
-        if warning := foreign_encoder(source, tokens.codec):
+        if warning := foreign_encoder(tokenizer):
             print(f"warning: {warning}")
-        to = flags.to or flags.run / "completions"
-        pictures = read_prompts(flags.prompt, tokens, to)
-        jobs = {
-            to / f"keep_{keep:g}": [tokens.codec.head(p, keep) for p in pictures for _ in range(flags.count or 1)]
-            for keep in flags.keep
-        }
-    batch = flags.batch or at_once(model, flags.length or model.config.context)
-    for folder, prompts in jobs.items():
-        more = {"count": len(prompts), "prompt": str(flags.prompt)}
-        valid = write(folder, model, tokens, prompts, settings | more, batch)
-        print(f"{folder}: {valid} of {len(prompts)} are whole valid files")
+        to, jobs = flags.to or flags.run / "completions", {}
+        with prompts_of(flags.prompt, codec, to) as (prompts, held):
+            settings["prompts"] = held
+            for keep in flags.keep:
+                if (kept := codec.kept(keep)) != keep:
+                    print(f"note: of {keep:g}, the {codec.name} codec can keep {kept:g}")
+                refuse_others(to / f"keep_{kept:g}", settings)
+                jobs[to / f"keep_{kept:g}"] = [codec.head(prompt, kept) for prompt in prompts] * (flags.count or 1)
+    for folder, begun in jobs.items():
+        valid = write(folder, model, tokenizer, begun, settings, batch)
+        print(f"{folder}: {valid} of {len(begun)} are whole valid files")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 OUT-pictures receives the drawings as PNGs, OUT the tokens that `data.prepare` makes of them.
 """
 
+import io
 import math
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tqdm import tqdm
 from codec import JPEG
 from data.prepare import cores, prepare
 from plumbing.command import Flags, UserError, run
+from plumbing.files import write_whole
+from plumbing.run import claim
 
 COLOURS = {
     "red": (216, 50, 44),
@@ -85,15 +88,21 @@ def draw(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
 
 
 def make(out: Path, count: int = 8000, size: int = 64) -> None:
-    """Draw `count` pictures and prepare them.  A repeated call continues.  Errors: UserError."""
-    if size % CELL or size < CELL:
-        raise UserError(f"--size is {size}: choose a multiple of {CELL} pixels, one shape to a cell of them")
+    """Draw `count` pictures and prepare them, unless that is done.  A repeated call continues; of two at once, the
+    second waits.  Errors: UserError."""
+    if size % CELL or not CELL <= size <= 1024:
+        raise UserError(f"--size is {size}: choose a multiple of {CELL} pixels to 1024, one shape to a cell of them")
+    if count < 20:
+        raise UserError(f"--count is {count}: choose 20 or more, of which one validates")
     folder = out.with_name(out.name + "-pictures")
-    folder.mkdir(parents=True, exist_ok=True)
-    for index in tqdm(range(count), "draw", unit=" pictures"):
-        path = folder / f"{index:05d}.png"
-        Image.fromarray(draw(index, size)).save(path, compress_level=1)
-    prepare(folder, out, JPEG(size=size), vocab=320, validation=0.05, workers=cores())
+    with claim(out, wait=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in tqdm(range(count), "draw", unit=" pictures", disable=None):
+            path, data = folder / f"{index:05d}.png", io.BytesIO()
+            Image.fromarray(draw(index, size)).save(data, "PNG", compress_level=1)
+            if not path.exists() or path.read_bytes() != data.getvalue():  # else it keeps its time, and its part
+                write_whole(path, data.getvalue())
+        prepare(folder, out, JPEG(size=size), vocab=None, validation=0.05, workers=cores())
 
 
 def main(arguments: list[str] | None = None) -> None:

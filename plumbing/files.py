@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict:
     """The dictionary that a file holds.  Errors: UserError that names a file which is absent, empty or damaged."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or delete its folder and begin anew") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: restore it, or delete its folder and begin anew")

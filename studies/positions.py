@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from codec import Grammar
+from data.stream import Stream
+from plumbing.checkpoint import checkpoints, read_model
 from plumbing.command import Flags, UserError, run
-from sample import checkpoints, generate, load_checkpoint
-from train import draw_curves, parse, train
+from plumbing.draw import draw_curves
+from sample import Sampling, generate
+from train import parse, train
 
 SIZES = {"dim 96, 2 layers": "--dim 96 --layers 2 --heads 3 --kv-heads 3 --hidden 256", "dim 192, 4 layers": ""}
 
 
 def positions(out: Path, folders: list[Path], steps: int) -> None:
-    """Train what is not trained yet, print bits an image at the end, and draw OUT/positions.png."""
+    """Train what is not trained yet, print bits a file at the end, and draw OUT/positions.png."""
     panels = []
     for folder in folders:
         for size, shape in SIZES.items():
@@ -33,22 +35,22 @@ def positions(out: Path, folders: list[Path], steps: int) -> None:
                 arguments = f"--data {folder} --out {to} --steps {steps} --every {max(1, steps // 4)} --samples 16"
                 subprocess.run([sys.executable, "train.py", *arguments.split(), *shape.split(), flag], check=True)
                 records = [json.loads(line) for line in (to / "log.jsonl").read_text().splitlines()]
-                curves[name] = [(r["step"], r["val_bits_per_image"]) for r in records if "val_bits_per_image" in r]
+                curves[name] = [(r["step"], r["val_bits_per_file"]) for r in records if "val_bits_per_file" in r]
                 speed = np.median([r["tokens_per_second"] for r in records if "tokens_per_second" in r])
-                legal = [r["val_legal_bits_per_image"] for r in records if "val_legal_bits_per_image" in r][-1]
+                legal = [r["val_legal_bits_per_file"] for r in records if "val_legal_bits_per_file" in r][-1]
                 print(
                     json.dumps(
                         {
                             "data": folder.name,
                             "size": size,
                             "model": name,
-                            "bits_per_image": curves[name][-1][1],
+                            "bits_per_file": curves[name][-1][1],
                             "legal": legal,
                             "tokens_per_second": speed,
                         }
                     )
                 )
-            panels.append(draw_curves(curves, f"{folder.name}, {size}: bits an image over steps"))
+            panels.append(draw_curves(curves, f"{folder.name}, {size}: bits a file over steps"))
     sheet = Image.new("RGB", (2 * panels[0].width, -(-len(panels) // 2) * panels[0].height), "white")
     for i, panel in enumerate(panels):
         sheet.paste(panel, (i % 2 * panel.width, i // 2 * panel.height))
@@ -56,30 +58,30 @@ def positions(out: Path, folders: list[Path], steps: int) -> None:
 
 
 def without(out: Path, folders: list[Path], steps: int) -> None:
-    """Train the small config with all positions, and with all but one; print bits an image at the end."""
-    position = Grammar.position
+    """Train the small config with all positions, and with all but one; print bits a file at the end."""
+    pieces = Stream.read_syntax
     for folder in folders:
         for number, name in enumerate(("nothing", "block", "coefficient", "node", "row", "column")):
             told = np.arange(1, 6) != number
-            Grammar.position = lambda self, state, told=told: position(self, state) * told
+            Stream.read_syntax = lambda self, start, count, told=told: pieces(self, start, count) * told
             to = out / f"{folder.name}-without-{name}"
             arguments = f"--data {folder} --out {to} --steps {steps} --every {steps} --samples 1"
             train(parse(arguments.split())[0])
-            bits = json.loads((to / "log.jsonl").read_text().splitlines()[-1])["val_bits_per_image"]
-            print(json.dumps({"data": folder.name, "without": name, "bits_per_image": round(bits, 1)}))
-    Grammar.position = position
+            bits = json.loads((to / "log.jsonl").read_text().splitlines()[-1])["val_bits_per_file"]
+            print(json.dumps({"data": folder.name, "without": name, "bits_per_file": round(bits, 1)}))
+    Stream.read_syntax = pieces
 
 
 def validity(out: Path, count: int) -> None:
     """Print the share of whole valid files of the untrained model and of each checkpoint, at three temperatures."""
     for number, checkpoint in enumerate([None, *reversed(checkpoints(out))]):
-        model, tokens = load_checkpoint(checkpoint or checkpoints(out)[0], torch.device("cpu"))
+        model, tokens = read_model(checkpoint or checkpoints(out)[0], torch.device("cpu"))
         if checkpoint is None:
             model.init_weights(0)
         shares = {}
         for temperature in (0.7, 1.0, 1.3):
             begun, seeds = [np.array([tokens.start])] * count, [(number, i) for i in range(count)]
-            rows = generate(model, tokens, begun, seeds, temperature, free=True)
+            rows = generate(model, tokens, begun, seeds, Sampling(temperature, free=True))
             shares[temperature] = sum(tokens.codec.check(tokens.decode(row)) is None for row in rows) / count
         print(
             json.dumps({"checkpoint": checkpoint.name if checkpoint else "untrained", "files": count, "valid": shares})

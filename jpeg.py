@@ -1,0 +1,357 @@
+"""What is inside a JPEG: how to read one, and what may come next in one.
+
+The picture is cut into blocks of 8x8 numbers, of brightness (Y) and of two colours (Cb, Cr).  A cosine transform turns
+a block into 64 coefficients, from its average (DC) to its finest detail (AC); a low quality divides them by large
+numbers and rounds, so that most become zero.  They are written in zigzag order, from coarse to fine: DC as the
+difference from the block before it, and each AC coefficient that is not zero.  A Huffman code says how many zeros are
+skipped before it and how many bits its value has, then come those bits; one code says that only zeros are left.  At
+4:2:0 the colours have half the resolution, so four blocks of Y and one of each colour cover 16x16 pixels: a minimum
+coded unit (MCU).  After a restart marker DC is a difference from zero, and bits begin on a whole byte.
+
+The first half of this page is a parser in the words of the standard (ITU-T T.81, clauses are its own); `codec.JPEG`
+checks files with it.  The second half is the same knowledge as a machine that takes a byte and says which may follow;
+sampling and the model's syntax positions use that.  The two share the Huffman tables and nothing else, so each tests
+the other.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from grammar import ALWAYS, FAR, NEVER, Table, rules_of
+
+DHT = 0xC4  # the marker of Huffman tables (table B.1)
+Codes = dict[tuple[int, int], dict[str, int]]  # by (class, identifier), DC 0 or AC 1, luma 0 or chroma 1: {bits: value}
+
+
+# --- a parser -------------------------------------------------------------------------------------------------------
+
+
+def huffman_codes(tables: bytes) -> Codes:
+    """The Huffman codes of some DHT segments (B.2.4.2)."""
+    at, found = 0, {}
+    while at < len(tables):
+        marker, length = tables[at + 1], int.from_bytes(tables[at + 2 : at + 4])
+        segment, at = tables[at + 4 : at + 2 + length], at + 2 + length
+        while marker == DHT and segment:
+            key, counts = (segment[0] >> 4, segment[0] & 15), segment[1:17]
+            values, segment = segment[17 : 17 + sum(counts)], segment[17 + sum(counts) :]
+            codes, code, value = {}, 0, iter(values)
+            for bits, count in enumerate(counts, 1):  # codes of one length count upwards (C.2)
+                for _ in range(count):
+                    codes[f"{code:0{bits}b}"] = next(value)
+                    code += 1
+                code <<= 1
+            found[key] = codes
+    return found
+
+
+class Damage(Exception):
+    """What is wrong with a file, and at which byte."""
+
+
+class Bits:
+    """The bits of the entropy-coded data from an offset to the next marker, first the highest of each byte; after FF a
+    00 is skipped (F.1.2.3), which tells it from a marker."""
+
+    def __init__(self, data: bytes, start: int):
+        run = re.compile(rb"(?:[^\xff]|\xff\x00)*", re.DOTALL).match(data, start).group()
+        self.data, self.start, self.packed = data, start, run.replace(b"\xff\x00", b"\xff")
+        self.bits = f"{int.from_bytes(self.packed):0{8 * len(self.packed)}b}" if self.packed else ""
+        self.at, self.place = 0, ""
+
+    @property
+    def offset(self) -> int:
+        """Of the byte that holds the next bit."""
+        return self.start + self.at // 8 + self.packed.count(0xFF, 0, self.at // 8)
+
+    def take(self, count: int) -> str:
+        if self.at + count > len(self.bits):
+            self.at = len(self.bits)
+            there = self.data[self.offset : self.offset + 2].hex()
+            raise Damage(f"byte {self.offset}: {f'marker {there}' if there else 'the end'} in {self.place}")
+        self.at += count
+        return self.bits[self.at - count : self.at]
+
+    def code(self, table: dict[str, int]) -> int:
+        """Read a Huffman code: no code is the beginning of another (F.2.2.3)."""
+        for length in range(1, 17):
+            value = table.get(self.bits[self.at : self.at + length])
+            if value is not None and self.take(length):
+                return value
+        self.take(min(16, len(self.bits) - self.at + 1))  # says so where the data end
+        self.at -= 16
+        raise Damage(f"byte {self.offset}: no such code in {self.place}")
+
+    def fill_up(self) -> None:
+        """Pass over the ones that fill up the last byte of an interval."""
+        rest = self.bits[self.at :]
+        if len(rest) >= 8 or "0" in rest:
+            raise Damage(
+                f"byte {self.offset}: {self.place} is followed by {rest[:8]}, not by ones to the end of a byte"
+            )
+        self.at = len(self.bits)
+
+
+def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int]) -> None:
+    """One block of 64 coefficients (F.2.2): DC, then those of AC that are not zero."""
+    bits.take(bits.code(dc))  # a code says how many bits the difference from the DC before has; here they are
+    last = 0  # index of the last coefficient that is known, in zigzag order
+    while last < 63:
+        zeros, size = divmod(bits.code(ac), 16)
+        if (zeros, size) == (0, 0):  # end of block: the rest is zero
+            return
+        if (zeros, size) == (15, 0):  # sixteen zeros, before more
+            last += 16
+        else:
+            last += zeros + 1
+            bits.take(size)
+        if last > (62 if size == 0 else 63):
+            raise Damage(f"byte {bits.offset}: more than 64 coefficients in {bits.place}")
+
+
+def read_scan(data: bytes, start: int, codes: Codes, luma: int, mcus: int, restart: int) -> Iterator[int]:
+    """Parse the entropy-coded data of so many MCUs of `luma` blocks of Y, a marker after every `restart` of them (0:
+    never), and give after each the offset behind its last whole byte.  Errors: Damage."""
+    interval, bits = restart or mcus, Bits(data, start)
+    for mcu in range(mcus):
+        for block in range(luma + 2):
+            bits.place = f"MCU {mcu}, block {block}"
+            chroma = int(block >= luma)
+            read_block(bits, codes[0, chroma], codes[1, chroma])
+        if (mcu + 1) % interval and mcu + 1 < mcus:
+            yield bits.offset
+            continue
+        bits.fill_up()
+        yield bits.offset
+        if mcu + 1 < mcus:  # markers count modulo 8 (E.1.4)
+            due, there = bytes([0xFF, 0xD0 + mcu // interval % 8]), data[bits.offset : bits.offset + 2]
+            if there != due:
+                found = there.hex() or "the end"
+                raise Damage(f"byte {bits.offset}: {found} where restart marker {due.hex()} is due")
+            bits = Bits(data, bits.offset + 2)
+
+
+# --- a grammar ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """What may follow, bit by bit, inside an MCU, which is all that the reader of a scan remembers (T.81 F.2.2).
+
+    A state is (block of the MCU, index of the next coefficient in zigzag order, place), as one number; the place is a
+    node of the coefficient's Huffman tree or, past `nodes`, how many bits of a value are left.  The index goes up to
+    64: there stands a block whose last value is still being read.  State 0 begins an MCU.
+    """
+
+    steps: np.ndarray  # (end, 2) the state after a 0 and after a 1; -1 where that is not legal
+    nodes: int
+    width: int  # places of a coefficient: nodes, then 1 to 11 bits left
+
+    @property
+    def end(self) -> int:
+        """The state after the last bit of the MCU."""
+        return len(self.steps)
+
+
+def following(coefficient: int, run: int, size: int) -> int:
+    """The coefficient after a code of so many zeros and a value of `size` bits: 64 if the block is over, -1 if it has
+    no room, for 16 zeros (15, 0) are followed by another value (F.1.2.2.1)."""
+    if coefficient > 0 and (run, size) == (0, 0):  # end of block
+        return 64
+    after = coefficient + run + 1
+    return after if after < 64 or (after == 64 and (run, size) != (15, 0)) else -1
+
+
+def automaton(codes: Codes, luma: int) -> Automaton:
+    """For MCUs of `luma` blocks of Y, then one of each colour."""
+    trees = {key: tree(table) for key, table in codes.items()}
+    nodes = max(map(len, trees.values()))
+    width, blocks = nodes + 11, luma + 2
+    steps = np.full((blocks, 65, width, 2), -1, np.int32)
+
+    def reach(block: int, coefficient: int, bits: int) -> int:
+        """The state before a coefficient, or before the bits that are left of the value before it."""
+        if bits:
+            return (block * 65 + coefficient) * width + nodes + bits - 1
+        return (block * 65 + coefficient) * width if coefficient < 64 else (block + 1) * 65 * width
+
+    for block in range(blocks):
+        for coefficient in range(65):
+            for bits in range(1, 12):
+                steps[block, coefficient, nodes + bits - 1] = reach(block, coefficient, bits - 1)
+            children = trees[int(coefficient > 0), int(block >= luma)] if coefficient < 64 else []
+            for node, pair in enumerate(children):
+                for bit, child in enumerate(pair):
+                    if child is None:
+                        continue
+                    target = reach(block, coefficient, 0) + child
+                    if child < 0:  # a whole code
+                        run, size = divmod(-1 - child, 16)  # zeros before the value, bits of the value
+                        after = following(coefficient, run, size)
+                        target = -1 if after < 0 else reach(block, after, size)
+                    steps[block, coefficient, node, bit] = target
+    return Automaton(steps.reshape(-1, 2), nodes, width)
+
+
+def tree(codes: dict[str, int]) -> list[list[int | None]]:
+    """Huffman codes as nodes; the two entries of a node, for a 0 and a 1, are the next node, -1 - value, or None."""
+    nodes = [[None, None]]
+    for code, value in codes.items():
+        node = 0
+        for bit in map(int, code[:-1]):
+            if nodes[node][bit] is None:
+                nodes[node][bit] = len(nodes)
+                nodes.append([None, None])
+            node = nodes[node][bit]
+        nodes[node][int(code[-1])] = -1 - value
+    return nodes
+
+
+def nibbles(bits: Automaton, onward: bool) -> np.ndarray:
+    """(states, 16) the state after each four bits, -1 where they are not legal, from each state, the last row being
+    that of -1.
+
+    Where an MCU ends inside a byte, the rest are ones (F.1.2.3), and the state is `end`; or, `onward`, the bits of the
+    next MCU, and the state is end + 1 + one inside that.  No byte holds the ends of two: an MCU takes 14 bits.
+    """
+    end, nowhere = bits.end, [[-1, -1]]
+    steps = np.concatenate([bits.steps, [[-1, end]], nowhere])
+    if onward:
+        inside = np.where(bits.steps == end, end + 1, bits.steps)
+        beyond = np.where((bits.steps < 0) | (bits.steps == end), -1, bits.steps + end + 1)
+        steps = np.concatenate([inside, [[-1, end]], beyond, nowhere])
+    two = steps[steps].reshape(-1, 4)
+    return two[two].reshape(-1, 16)
+
+
+def bytes_to_end(bits: Automaton, after_ff: np.ndarray) -> np.ndarray:
+    """(end + 1,) the fewest bytes from each state to the end of the MCU, the bits filled up and an FF stuffed: a fixed
+    point, reached in a few rounds.  `after_ff`: (end,) the state after FF."""
+    end = bits.end
+    steps = np.concatenate([bits.steps, [[-1, end], [-1, -1]]])
+    away = np.full(end + 2, FAR, np.int32)  # the last is that of -1
+    away[end] = 0
+    while True:
+        other, any_byte = np.full(end + 2, FAR), away  # the best byte but FF, and the best one, bit by bit
+        for _ in range(8):
+            other = np.minimum(any_byte[steps[:, 0]], other[steps[:, 1]])
+            any_byte = any_byte[steps].min(1)
+        nearer = np.minimum(1 + other[:end], 2 + away[after_ff])
+        if (nearer >= away[:end]).all():
+            return away[: end + 1]
+        away[:end] = np.minimum(away[:end], nearer)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The numbers of the local states of `scan`.
+
+    First those of the automaton, which also stand between two bytes of which one ends inside a code; then those that
+    wait for the 00 after an FF; the prefix's; and four: the MCU and its padding are over, an FF after that, the suffix
+    is over, the file is.
+    """
+
+    end: int  # states of the automaton
+    after_ff: np.ndarray  # the states of `nibbles` before which a stuffed 00 may come
+    prefix: int  # bytes
+
+    waiting = property(lambda self: np.arange(self.end, self.end + len(self.after_ff)))
+    in_prefix = property(lambda self: self.end + len(self.after_ff))
+    over = property(lambda self: self.in_prefix + self.prefix)
+    marker = property(lambda self: self.over + 1)
+    closed = property(lambda self: self.over + 2)
+    ended = property(lambda self: self.over + 3)
+    size = property(lambda self: self.over + 4)
+
+
+def scan(bits: Automaton, mcus: int, columns: int, restart: int, prefix: bytes = b"", suffix: bytes = b"") -> Table:
+    """The grammar of bytes: `prefix`, the entropy-coded data of so many MCUs with a marker after every `restart` of
+    them (0: never), `suffix` (EOI).  Local states are those of `Layout`, the count is the number of the MCU."""
+    number, interval, rules = np.arange(mcus + 1), restart or mcus, rules_of(mcus + 1)
+    closes = ((number + 1) % interval == 0) | (number + 1 == mcus)  # an interval ends with this MCU
+    readings = [(nibbles(bits, onward=False), rules.number(closes, 0) if interval > 1 else ALWAYS)]
+    if goes_on := rules.number(~closes & (number < mcus), 1):
+        readings.append((nibbles(bits, onward=True), goes_on))
+    all_ones = [half[half[: bits.end, 15], 15] for half, _ in readings]
+    after_ff = np.unique(np.concatenate(all_ones))
+    at = Layout(bits.end, after_ff[after_ff >= 0], len(prefix))
+
+    layers = scan_layers(readings, at)
+    layer = layers[0]
+    for i, byte in enumerate(prefix):
+        layer[at.in_prefix + i, byte] = ALWAYS * at.size + (at.in_prefix + i + 1 if i + 1 < len(prefix) else 0)
+    layer[at.over, 0xFF] = rules.number(number < mcus - 1 + bool(suffix), 1) * at.size + at.marker
+    for n in range(8):  # markers count the intervals before them, modulo 8 (E.1.4)
+        due = (number < mcus) & ((number // interval - 1) % 8 == n)
+        layer[at.marker, 0xD0 + n] = rules.number(due, 0) * at.size
+    if suffix:
+        layer[at.marker, suffix[1]] = rules.number(number == mcus, 0) * at.size + at.closed
+    whole = rules.number(number == mcus - 1, 0)
+    layer[at.closed if suffix else at.over, 257] = (ALWAYS if suffix else whole) * at.size + at.ended
+    layer[at.ended, 257] = ALWAYS * at.size + at.ended
+
+    away, tail = scan_rest(bytes_to_end(bits, all_ones[0]), at, mcus, interval, len(suffix))
+    local_syntax, sizes = scan_syntax(bits, at, (mcus // columns, columns))
+    count_syntax = np.zeros((mcus + 1, 5), np.int16)
+    count_syntax[:, 3], count_syntax[:, 4] = np.divmod(np.minimum(number, mcus - 1), columns)
+    advance, first = np.array(rules.advance, np.int32), at.in_prefix if prefix else 0
+    return Table(tuple(layers), away, rules.cost(tail), advance, local_syntax, count_syntax, sizes, first)
+
+
+def scan_layers(readings: list[tuple[np.ndarray, int]], at: Layout) -> list[np.ndarray]:
+    """What bytes do inside MCUs, by two readings of a byte in which one ends: (states of `nibbles`, rule)."""
+    end = at.end
+    rule, local = np.zeros(2 * end + 2, np.int32), np.zeros(2 * end + 2, np.int32)  # of each state of `nibbles`
+    rule[:end], local[:end] = ALWAYS, np.arange(end)
+    rule[end], local[end] = readings[0][1], at.over
+    rule[end + 1 : -1], local[end + 1 : -1] = readings[-1][1], np.arange(end)
+    layers, entry, first = [], rule * at.size + local, 0
+    for half, _ in readings:
+        entry[-1], entry[:first] = NEVER, NEVER  # the second layer tells only what the first has not
+        layers.append(np.zeros((at.size, 258), np.int32))
+        layers[-1][:end, :256] = entry[half][half[:end]].reshape(end, 256)
+        stuffed = np.zeros_like(entry)
+        stuffed[at.after_ff] = np.where(entry[at.after_ff] > 0, rule[at.after_ff] * at.size + at.waiting, NEVER)
+        layers[-1][:end, 0xFF] = stuffed[half[half[:end, 15], 15]]
+        first = end + 1
+    layers[0][at.waiting, 0] = ALWAYS * at.size + local[at.after_ff]
+    return layers
+
+
+def scan_rest(inside: np.ndarray, at: Layout, mcus: int, interval: int, suffix: int) -> tuple[np.ndarray, np.ndarray]:
+    """The fewest tokens from each local state to the end of its MCU, and of what comes behind each MCU; `inside` is
+    what `bytes_to_end` found."""
+    number, away = np.arange(mcus + 1), np.full(at.size, FAR, np.int32)
+    away[: at.end], away[at.waiting] = inside[: at.end], 1 + np.append(inside, inside[: at.end])[at.after_ff]
+    away[at.in_prefix : at.over] = np.arange(at.prefix, 0, -1) + inside[0]
+    away[at.over], away[at.marker] = 0, 1 + inside[0]
+    markers = -(-mcus // interval) - 1 - np.minimum(number, mcus - 1) // interval  # that are still to come
+    tail = np.maximum(mcus - 1 - number, 0) * inside[0] + 2 * markers + suffix + 1
+    tail[mcus] = 2 - away[at.marker]  # there the second byte of the suffix and the end are left
+    away[at.closed] = 1 - tail[mcus]
+    away[at.ended] = -tail[mcus if suffix else mcus - 1]
+    return away, tail
+
+
+def scan_syntax(bits: Automaton, at: Layout, grid: tuple[int, int]) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The syntax positions of the local states of `scan` (S, 5), and how many values each has: block, coefficient,
+    node or bits left, and row and column of the MCU, which the count adds.
+
+    Trees share no nodes, so that a number says which of them is read.  Before a stuffed 00 it says just that, in the
+    prefix how far it is read; what follows the MCUs has blocks of its own.
+    """
+    end, width = bits.end, bits.width
+    blocks = end // (65 * width)
+    after_ff = np.where(at.after_ff > end, at.after_ff - end - 1, at.after_ff)
+    inside = np.concatenate([np.arange(end), after_ff])
+    block, coefficient, place = inside // (65 * width), inside // width % 65, inside % width
+    which = 2 * (coefficient > 0) + (block >= blocks - 2)
+    place = np.where(np.arange(len(inside)) < end, which * width + place, 4 * width)
+    syntax = np.zeros((at.size, 5), np.int16)
+    syntax[: len(inside), :3] = np.stack([block, coefficient, place], 1)
+    syntax[len(inside) :, 0] = [*[blocks] * at.prefix, *range(blocks + 1, blocks + 5)]
+    syntax[at.in_prefix : at.over, 2] = np.arange(at.prefix)
+    return syntax, (blocks + 5, 65, 4 * width + 1, *grid)

@@ -1,0 +1,77 @@
+"""Pictures of a run: samples side by side in a grid, and curves over the steps.
+
+They are written elsewhere and renamed, so that a kill or a full disk leaves the picture before, or all of the new one.
+"""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from plumbing.files import write_whole
+
+COLOURS = [(60, 120, 200), (220, 90, 30), (60, 150, 80), (130, 60, 170)]
+
+
+def grid(pictures: list[np.ndarray]) -> Image.Image:
+    """Pictures (H, W, 3) side by side, a thin line between them, enlarged if they are small."""
+    columns = math.ceil(len(pictures) ** 0.5)
+    height, width, _ = pictures[0].shape
+    sheet = np.full((-(-len(pictures) // columns) * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
+        sheet[top : top + height, left : left + width] = picture
+    image, scale = Image.fromarray(sheet), max(1, 512 // sheet.shape[1])
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str) -> Image.Image:
+    """Lines over steps, the last value of each beside its name."""
+    points = [point for curve in curves.values() for point in curve]
+    width, height, right = 960, 540, max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    step = 10 ** math.floor(math.log10(max(high - low, 0.1)))  # the axis begins and ends at round numbers
+    bottom = math.floor(low / step) * step
+    top = max(math.ceil(high / step) * step, bottom + step)  # one value alone may lie on a round number
+    image, small = Image.new("RGB", (width, height), "white"), ImageFont.load_default(size=16)
+    pen, box = ImageDraw.Draw(image), (70, 50, width - 30, height - 60)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return box[0] + (box[2] - box[0]) * x / right, box[3] - (box[3] - box[1]) * (y - bottom) / (top - bottom)
+
+    for i in range(6):
+        y, x = bottom + (top - bottom) * i / 5, right * i / 5
+        pen.line([place(0, y), place(right, y)], fill=(225, 225, 225))
+        pen.text((box[0] - 10, place(0, y)[1]), f"{y:,.4g}", "black", small, anchor="rm")
+        pen.text((place(x, bottom)[0], box[3] + 10), f"{x:,.0f}", "black", small, anchor="mt")
+    pen.text((box[0], 18), title, "black", ImageFont.load_default(size=18))
+    pen.text((width / 2, height - 12), "steps", "black", small, anchor="mb")
+    for i, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
+        where = [place(*point) for point in curve]
+        pen.line(where, fill=colour, width=2, joint="curve")
+        for x, y in where if len(where) < 40 else []:
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        last = f"{name} {curve[-1][1]:,.4g}" if curve else name
+        pen.text((width - 30, 18 + 22 * i), last, colour, ImageFont.load_default(size=18), anchor="rt")
+    return image
+
+
+def save_image(path: Path, image: Image.Image) -> None:
+    """Write PATH, a PNG, whole."""
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    write_whole(path, data.getvalue())
+
+
+def save_pixels(path_without_suffix: Path, pixels: np.ndarray) -> Path:
+    """Write one picture (H, W, 3) without loss, as PATH.png."""
+    path = path_without_suffix.with_name(path_without_suffix.name + ".png")  # the name may have dots of its own
+    save_image(path, Image.fromarray(pixels))
+    return path
+
+
+def save_grid(path_without_suffix: Path, arrays: list[np.ndarray]) -> Path:
+    """Write pictures (H, W, 3) side by side as PATH.png."""
+    return save_pixels(path_without_suffix, np.asarray(grid(arrays)))
