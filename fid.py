@@ -6,23 +6,26 @@
     python fid.py completions/                            what sample.py --prompt wrote, at each ratio that was kept
     torchrun --nproc-per-node 8 fid.py samples/ photos.npz
 
-Each image becomes a vector, the pooled features of a trained Inception network; the distance is between the two clouds
-of vectors.  Heusel et al. 2017, GANs Trained by a Two Time-Scale Update Rule (arXiv:1706.08500), section 3, fit a
-normal distribution to each, and compare those.
+A trained Inception network turns each image into a vector, its pooled features, and each set into a cloud of vectors.
+Heusel et al. 2017, GANs Trained by a Two Time-Scale Update Rule (arXiv:1706.08500), section 3, fit a normal
+distribution to either cloud, and take the distance between the two distributions.
 
 A published number holds for one network and one way to shrink an image.  Ours are those of pytorch_fid: the 2015-12-05
-Inception of TensorFlow, and bilinear resizing to 299x299 without antialiasing (nor EXIF rotation, nor alpha).
+Inception of TensorFlow, and bilinear resizing to 299x299 without antialiasing.  EXIF rotation and alpha are ignored.
 
 Letters in shapes: N images, D features (dims), H rows, W columns.
 """
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import platform
+import re
 import shlex
 import sys
+import time
 import urllib.request
 import warnings
 from collections import Counter, OrderedDict, deque
@@ -30,8 +33,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import PIL
@@ -42,37 +45,17 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from plumbing.command import Flags, UserError, run
+from plumbing.files import digest, read_json, write_whole
+
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 CHECKSUM = "6726825d"  # the first digits of the sha256, as in the name
-CACHE = Path("~/.cache/jpeglm").expanduser()
+CACHE = Path("~/.cache/jpeglm")
 SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # pytorch_fid's
 SIZE = 299  # pixels, both ways, of what the network sees
 RESIZE = f"bilinear to {SIZE}x{SIZE}, half-pixel centres, no antialias"
 FEW = 10_000  # images; with fewer FID is visibly too high (Chong and Forsyth 2020, figure 1)
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Let every operation of torch run on the thread that calls it.
-
-    Threads that share one small operation wait for one another at its every step, and longest where a core is also busy
-    with something else.  Beside a training run on two cores, a distance at 768 dims took 32 s with two threads and
-    0.3 s with one, and the network gave 8 images/s with two threads on one batch and 13 with a batch for each.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def fail(sentence: str) -> NoReturn:
-    """End with what a user can mend: exit code 2, no traceback."""
-    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
-        print(f"fid.py: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
-
+DRAWN = ("seed", "temperature", "top_k", "top_p")  # settings of sample.py that a row of completions names
 
 # --- The network ------------------------------------------------------------------------------------------------------
 
@@ -184,14 +167,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {  # the shape after each, for one 
     "Mixed_7b": lambda: mixed_8(1280, average),  # 2048 x 8 x 8
     "Mixed_7c": lambda: mixed_8(2048, largest),  # 2048 x 8 x 8
 }
-LAST = {64: "pool_1", 192: "pool_2", 768: "Mixed_6e", 2048: "Mixed_7c"}  # the layer that has so many channels
+LAYER_OF_DIMS = {64: "pool_1", 192: "pool_2", 768: "Mixed_6e", 2048: "Mixed_7c"}  # the layer that has so many channels
 
 
 class Inception(nn.Sequential):
     """Images (N, 3, 299, 299) in -1..1 to features (N, dims): the mean over the pixels of the last layer needed."""
 
     def __init__(self, dims: int):
-        names = list(LAYERS)[: list(LAYERS).index(LAST[dims]) + 1]
+        names = list(LAYERS)[: list(LAYERS).index(LAYER_OF_DIMS[dims]) + 1]
         super().__init__(OrderedDict((name, LAYERS[name]()) for name in names))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,83 +188,83 @@ def load(path: Path, dims: int) -> Inception:
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise TypeError("it is no table of tensors")
     except Exception as error:  # torch raises half a dozen types on a broken file
-        what = (str(error).strip() or type(error).__name__).split("\n")[0]
-        fail(f"{path} is not a readable weights file ({what[:120]}): delete it and download {URL} again")
-    if "fc.weight" in state and len(state["fc.weight"]) == 1000:
-        fail(f"{path} holds torchvision's Inception (1,000 classes), not FID's (1,008 classes): download {URL}")
+        what = (str(error).strip() or type(error).__name__).split("\n")[0][:120]
+        raise UserError(f"{path} is not a readable weights file ({what}): delete it and download {URL} again") from None
+    if "fc.weight" in state and state["fc.weight"].shape[:1] == (1000,):
+        what = "torchvision's Inception (1,000 classes), not FID's (1,008 classes)"
+        raise UserError(f"{path} holds {what}: download {URL}")
     network = Inception(dims)
     for name, conv in network.named_modules():
         if not isinstance(conv, nn.Conv2d):
             continue
         keys = [f"{name}.{key}" for key in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")]
         if lacking := [key for key in keys if key not in state]:
-            enough = max((d for d in LAST if d < dims and f"{LAST[d]}.branch1x1.conv.weight" in state), default=None)
-            remedy = f"pass --dims {enough}, or download {URL}" if enough else f"download {URL}"
-            fail(f"{path} lacks {lacking[0]}, needed for {dims} dims: {remedy}")
+            depths = [d for d in LAYER_OF_DIMS if d < dims and f"{LAYER_OF_DIMS[d]}.branch1x1.conv.weight" in state]
+            remedy = f"pass --dims {max(depths)}, or download {URL}" if depths else f"download {URL}"
+            raise UserError(f"{path} lacks {lacking[0]}, needed for {dims} dims: {remedy}")
+        for key, shape in zip(keys, [conv.weight.shape] + 4 * [conv.weight.shape[:1]], strict=True):
+            if state[key].shape != shape:
+                shapes = f"{list(state[key].shape)}, not {list(shape)}"
+                raise UserError(f"{path} has {key} of shape {shapes}: download {URL}")
         weight, scale, bias, mean, variance = (state[key].double() for key in keys)
-        if weight.shape != conv.weight.shape or len(bias) != len(weight):
-            fail(f"{path} has {keys[0]} of shape {list(weight.shape)}, not {list(conv.weight.shape)}: download {URL}")
         scale = scale / (variance + 0.001).sqrt()  # y = (conv(x) - mean) * scale + bias, as one convolution
         conv.weight.data = (weight * scale[:, None, None, None]).float()
         conv.bias.data = (bias - mean * scale).float()
         if not (conv.weight.isfinite().all() and conv.bias.isfinite().all()):
-            fail(f"{path} has values in {name} that are not finite: delete it and download {URL}")
+            raise UserError(f"{path} has values in {name} that are not finite: delete it and download {URL}")
     return network.eval().requires_grad_(False)
 
 
 def weights_file(path: Path | None = None, url: str = URL) -> Path:
     """The file asked for, else the one in the cache, else a download whose sha256 begins with CHECKSUM."""
     if path is not None:
-        return path if path.is_file() else fail(f"{path}, asked for by --weights, is no file: download {url}")
-    path = CACHE / url.rsplit("/", 1)[-1]
+        if not path.is_file():
+            raise UserError(f"{path}, asked for by --weights, is no file: download {url}")
+        return path
+    try:
+        path = CACHE.expanduser() / url.rsplit("/", 1)[-1]
+    except RuntimeError:  # in a container, a user id may have neither a name nor a home
+        raise UserError(f"there is no home folder for the weights: set HOME, or pass --weights with {url}") from None
     advice = f"fetch {url} (sha256 {CHECKSUM}...) elsewhere and put it at {path}, or pass --weights FILE"
     if not path.is_file():
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=30) as source, partial.open("wb") as target:
+            with urllib.request.urlopen(url, timeout=30) as source:
                 total = int(source.headers.get("Content-Length") or 0) or None
-                with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None) as bar:
-                    while block := source.read(1 << 20):
-                        bar.update(target.write(block))
-            if not sha256(partial).startswith(CHECKSUM):
-                fail(f"{url} came with sha256 {sha256(partial)[:8]}, not {CHECKSUM}: {advice}")
-            partial.rename(path)
+                with tqdm.wrapattr(source, "read", total, desc="weights", disable=None) as stream:
+                    data = b"".join(iter(lambda: stream.read(1 << 20), b""))
+            if not (found := hashlib.sha256(data).hexdigest()).startswith(CHECKSUM):
+                raise UserError(f"{url} came with sha256 {found[:8]}, not {CHECKSUM}: {advice}")
+            write_whole(path, data)
         except OSError as error:
-            fail(f"the weights could not be downloaded ({error}): {advice}")
-        finally:
-            partial.unlink(missing_ok=True)
-    if not sha256(path).startswith(CHECKSUM):
-        fail(f"{path} has sha256 {sha256(path)[:8]}, not {CHECKSUM}: delete it, then {advice}")
+            raise UserError(f"the weights could not be downloaded ({error}): {advice}") from None
+    if not (found := digest(path)).startswith(CHECKSUM):
+        raise UserError(f"{path} has sha256 {found[:8]}, not {CHECKSUM}: delete it, then {advice}")
     return path
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- Images to features -----------------------------------------------------------------------------------------------
 
 
 class Images:
-    """The images of a folder, searched recursively, or of an array (N, H, W, 3) uint8 in an .npz, held in memory.
+    """The images of a folder, searched recursively, or an array (N, H, W, 3) uint8 from an .npz, held in memory.
 
-    Hidden files are left out, and so is the grid.png that sample.py lays beside its numbered samples.
+    The grid.png that sample.py lays beside its numbered samples is left out.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.array = path, None
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            sampled = {p.parent for p in found if p.stem.isdecimal()}
-            self.files = [p for p in found if p.name != "grid.png" or p.parent not in sampled]
-            if not self.files:
-                fail(f"{path} holds no images: give a folder with files of {', '.join(sorted(SUFFIXES))} at any depth")
-            listing = "".join(f"{p.relative_to(path).as_posix()} {p.stat().st_size}\n" for p in self.files)
-            self.sha256 = hashlib.sha256(listing.encode()).hexdigest()
-        else:
-            self.array, self.sha256 = images_of(path), sha256(path)
+    def __init__(self, path: Path, array: np.ndarray | None = None):
+        self.path, self.array = path, array
+        if array is not None:
+            self.sha256 = digest(path)
+            return
+        found = sorted(image_files(path))
+        sampled = {file.parent for file in found if file.stem.isdecimal()}
+        self.files = [file for file in found if file.name != "grid.png" or file.parent not in sampled]
+        if not self.files:
+            known = ", ".join(sorted(SUFFIXES))
+            raise UserError(f"{path} holds no images: give a folder with files of {known} at any depth")
+        listing = "".join(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n" for file in self.files)
+        self.sha256 = hashlib.sha256(os.fsencode(listing)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.files if self.array is None else self.array)
@@ -299,6 +282,7 @@ class Images:
             return f"{self.files[index]} cannot be read ({type(error).__name__}: {error})", ""
 
     def warnings(self, modes: Counter) -> list[str]:
+        """What is odd about these images, of which so many had each mode."""
         found = []
         if others := {mode: count for mode, count in modes.items() if mode != "RGB"}:
             listed = ", ".join(f"{count} {mode}" for mode, count in sorted(others.items()))
@@ -311,28 +295,36 @@ class Images:
         return found
 
 
-def images_of(path: Path) -> np.ndarray:
-    arrays = open_npz(path)
-    images = [a for a in arrays.values() if a.dtype == np.uint8 and a.ndim == 4 and a.shape[3] == 3 and a.size]
-    if len(images) != 1:
-        held = ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items()) or "nothing"
-        fail(f"{path} holds {held}: expected statistics (mu, sigma) or images as one array of uint8 (N, H, W, 3)")
-    return images[0]
+def image_files(folder: Path) -> Iterator[Path]:
+    """The image files at any depth below a folder; a file or folder whose name begins with a dot is hidden."""
+    for path in folder.iterdir():
+        hidden = path.name.startswith(".")
+        if not hidden and path.suffix.lower() in SUFFIXES and path.is_file():
+            yield path
+        elif not hidden and path.is_dir() and not path.is_symlink():
+            yield from image_files(path)
 
 
-def open_npz(path: Path) -> dict[str, np.ndarray]:
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Let every operation of torch run on the thread that calls it.
+
+    Threads that share a small operation wait for one another at its every step, and longest on a machine that is busy
+    with something else.  It is faster to give each thread a batch, or a matrix, of its own.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile, zlib and NumPy each have their own types
-        fail(f"{path} is not a readable .npz ({type(error).__name__}: {error}): write it again with numpy.savez")
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def ahead(function: Callable, items: Iterable, workers: int) -> Iterator:
+def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
     """function(item) of each item, in order, on threads and never more than `workers` items ahead: memory stays flat.
 
-    Threads, as Pillow and torch leave Python's lock while they work.  On two cores, threads decode 5,300 images/s of
-    64x64 pixels and 250 of 1024x1024; a DataLoader of two processes 2,000 and 180, and it takes seconds to start.
+    Threads are enough, as Pillow and torch release Python's lock while they work, and they start at once, which the
+    processes of a DataLoader do not.
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque = deque()
@@ -351,60 +343,55 @@ def prepare(images: list[Tensor], device: torch.device) -> Tensor:
     return (2 * torch.cat(resized) - 1).contiguous(memory_format=torch.channels_last)
 
 
-def extract(
-    images: Images, network: Inception, skip_broken: bool = False, rank: int = 0, world: int = 1
-) -> tuple[np.ndarray, Counter]:
-    """Features (N, D) float32 in the order of the files, and how many images had which mode.
+def look(images: Images, network: nn.Module, rank: int, world: int) -> list[tuple[int, np.ndarray | str, str]]:
+    """Of every world-th image: its index, its features (D,) or why it cannot be read, and the mode of its file.
 
-    With several processes each takes every world-th file, and rank 0 gathers; the other ranks get nothing.
-    A CPU works on batches of 4, as larger activations pass the 32 MB above which glibc maps and clears new memory at
-    every use: 14.1 images/s on one core against 12.2 with 32.
+    A CPU works on batches of 4: larger activations pass the 32 MB above which glibc maps and clears new memory at
+    every use.
     """
     device = torch.device(f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
-    network, threads = network.to(device, memory_format=torch.channels_last), torch.get_num_threads()
-    size, workers = (4, threads) if device.type == "cpu" else (32, min(8, os.cpu_count() or 1))
-    mine = range(rank, len(images), world)
+    network = network.to(device, memory_format=torch.channels_last)
+    size, workers = (4, torch.get_num_threads()) if device.type == "cpu" else (32, min(8, os.cpu_count() or 1))
 
-    def one(batch: range) -> tuple[list[int], np.ndarray | None, list[str], list[str]]:
+    def one(batch: range) -> list[tuple[int, np.ndarray | str, str]]:
         read = [(index, *images[index]) for index in batch]
-        whole = [item for item in read if isinstance(item[1], Tensor)]
-        broken = [item[1] for item in read if isinstance(item[1], str)]
+        pixels = [what for _, what, _ in read if isinstance(what, Tensor)]
         with torch.inference_mode():
-            x = network(prepare([pixels for _, pixels, _ in whole], device)).cpu().numpy() if whole else None
-        return [index for index, _, _ in whole], x, [mode for _, _, mode in whole], broken
+            features = iter(network(prepare(pixels, device)).cpu().numpy() if pixels else ())
+        return [(index, next(features) if isinstance(what, Tensor) else what, mode) for index, what, mode in read]
 
-    kept, features, modes, broken = [], [], Counter(), []
+    mine, seen = range(rank, len(images), world), []
     batches = (mine[start : start + size] for start in range(0, len(mine), size))
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 would keep 3 digits only
-    with (
-        tqdm(total=len(mine), desc=images.path.name, unit="image", disable=True if rank else None) as bar,
-        exact,
-        one_thread_each(),
-    ):
-        for indices, x, found, unread in ahead(one, batches, workers):
-            kept += indices
-            features += [] if x is None else [x]
-            modes.update(found)
-            broken += unread
-            bar.update(len(indices) + len(unread))
-    part = kept, np.concatenate(features) if features else None, modes, broken
-    parts = [part]
+    bar = tqdm(total=len(mine), desc=images.path.name, unit="image", disable=True if rank else None)
+    with bar, exact, one_thread_each():
+        for batch in in_order(one, batches, workers):
+            seen += batch
+            bar.update(len(batch))
+    return seen
+
+
+def extract(images: Images, network: nn.Module, skip_broken: bool = False) -> tuple[np.ndarray, Counter]:
+    """Features (N, D) float32 in the order of the files, and how many images had which mode.
+
+    Several processes share the images, and rank 0 gathers what they saw; the other ranks get nothing.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = look(images, network, rank, world)
+    parts = [mine]
     if world > 1:
-        parts = [None] * world if rank == 0 else None
-        dist.gather_object(part, parts)  # lengths may differ: nothing is padded, so nothing counts twice
-    if rank:
-        return np.zeros((0, 0), np.float32), modes
-    broken = sorted(sentence for part in parts for sentence in part[3])
+        parts = [None] * world if rank == 0 else []
+        dist.gather_object(mine, parts or None)  # lengths may differ: nothing is padded, so nothing counts twice
+    seen = sorted((item for part in parts for item in part), key=itemgetter(0))
+    broken = [what for _, what, _ in seen if isinstance(what, str)]
     if broken and not skip_broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        fail(f"{broken[0]}{more}: remove or mend it, or leave such files out with --skip-broken")
+        raise UserError(f"{broken[0]}{more}: remove or mend it, or leave such files out with --skip-broken")
     for sentence in broken:
         print(f"warning: left out: {sentence}", file=sys.stderr)
-    modes = sum((part[2] for part in parts), Counter())
-    if not modes:
-        return np.zeros((0, 0), np.float32), modes
-    order = np.argsort(np.concatenate([part[0] for part in parts if part[0]]))
-    return np.concatenate([part[1] for part in parts if part[0]])[order], modes
+    whole = [(what, mode) for _, what, mode in seen if not isinstance(what, str)]
+    features = np.stack([what for what, _ in whole]) if whole else np.zeros((0, 0), np.float32)
+    return features, Counter(mode for _, mode in whole)
 
 
 # --- Statistics and distances, all in float64 -------------------------------------------------------------------------
@@ -433,12 +420,12 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """An .npz for pytorch_fid, which reads mu and sigma, and for us, who also read the features and where from."""
-        features = {} if self.features is None else {"features": self.features}
-        path = path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
+        features, file = {} if self.features is None else {"features": self.features}, io.BytesIO()
+        np.savez(file, mu=self.mu, sigma=self.sigma, **features, **self.about)
         try:
-            np.savez(path, mu=self.mu, sigma=self.sigma, **features, **self.about)
+            write_whole(path, file.getbuffer())
         except OSError as error:
-            fail(f"{path} cannot be written ({error}): choose another file for --save")
+            raise UserError(f"{path} cannot be written ({error}): choose another file for --save") from None
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -448,8 +435,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     their sum.  No square root of a product is formed, whose rounding errors turn complex, and no small eigenvalue
     is squared: this holds for any number of images, also for fewer than features.
     """
-    with one_thread_each(), ThreadPoolExecutor(2) as pool:
-        f, g = pool.map(Statistics.factor, (a, b))
+    with one_thread_each():
+        f, g = in_order(Statistics.factor, (a, b), workers=2)
         overlap = torch.linalg.svdvals(f @ g.T).sum()
     distance = np.square(a.mu - b.mu).sum() + (f.square().sum() + g.square().sum() - 2 * overlap).item()
     return max(float(distance), 0.0)  # rounding may leave -1e-13
@@ -517,24 +504,49 @@ def precision_recall(samples: np.ndarray, reference: np.ndarray, neighbours: int
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def read_statistics(path: Path, dims: int) -> Statistics | None:
-    """The statistics in an .npz of ours or of pytorch_fid; None if it holds something else."""
-    arrays = open_npz(path)
-    if "mu" not in arrays or "sigma" not in arrays:
-        return None
-    mu, sigma = (np.asarray(arrays[name]) for name in ("mu", "sigma"))
+def open_set(path: Path, dims: int) -> Statistics | Images:
+    """What a path of the command line names: the images of a folder, or what an .npz holds."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a folder of images or an .npz")
+    if path.is_dir():
+        return Images(path)
+    if path.suffix.lower() != ".npz":
+        raise UserError(f"{path} is neither a folder nor an .npz: give a folder of images or an .npz")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # zipfile, zlib and NumPy each have their own types
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not a readable .npz ({what}): write it again with numpy.savez") from None
+    if "mu" in arrays and "sigma" in arrays:
+        return statistics_in(path, arrays, dims)
+    images = [a for a in arrays.values() if a.dtype == np.uint8 and a.ndim == 4 and a.shape[3] == 3 and a.size]
+    if len(images) != 1:
+        held = ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items()) or "nothing"
+        expected = "expected statistics (mu, sigma) or images as one array of uint8 (N, H, W, 3)"
+        raise UserError(f"{path} holds {held}: {expected}")
+    return Images(path, images[0])
+
+
+def statistics_in(path: Path, arrays: dict[str, np.ndarray], dims: int) -> Statistics:
+    """The statistics in the arrays of an .npz of ours or of pytorch_fid."""
+    mu, sigma = arrays["mu"], arrays["sigma"]
     numbers = all(np.issubdtype(x.dtype, np.floating) and np.isfinite(x).all() for x in (mu, sigma))
     if not numbers or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.allclose(sigma, sigma.T):
-        fail(f"{path} holds no finite mean and symmetric covariance of one size: save the statistics again with --save")
+        raise UserError(f"{path} holds no finite mean and symmetric covariance of one size: make it again with --save")
     if len(mu) != dims:
-        fail(f"{path} holds statistics of {len(mu)} dims, not {dims}: pass --dims {len(mu)}, or save them again")
-    about = {name: x.item() for name, x in arrays.items() if x.ndim == 0 and x.dtype.kind in "Uif"}
+        raise UserError(f"{path} holds statistics of {len(mu)} dims, not {dims}: pass --dims {len(mu)}, or save again")
+    kinds = {"count": "i", "dims": "i"}  # all else that we save is text
+    about = {name: x.item() for name, x in arrays.items() if x.ndim == 0 and x.dtype.kind == kinds.get(name, "U")}
     if about.get("resize", RESIZE) != RESIZE:
-        fail(f"{path} was made with resize '{about['resize']}', not '{RESIZE}': save it again from the images")
-    features = arrays.get("features")
-    if features is not None and (features.shape[1:] != (dims,) or len(features) < 2 or not np.isfinite(features).all()):
-        fail(f"{path} holds features {list(features.shape)}, not finite numbers (N, {dims}): save its statistics again")
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), features, {**about, "path": str(path)})
+        raise UserError(f"{path} was made with resize '{about['resize']}', not '{RESIZE}': save it from the images")
+    features = arrays.get("features", np.zeros((2, dims)))
+    numbers = np.issubdtype(features.dtype, np.floating) and np.isfinite(features).all()
+    if not numbers or features.shape[1:] != (dims,) or len(features) < 2:
+        held = f"features {list(features.shape)}, not finite numbers (N, {dims})"
+        raise UserError(f"{path} holds {held}: save its statistics again")
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    return Statistics(mu, sigma, arrays.get("features"), {**about, "path": str(path)})
 
 
 def cautions(s: Statistics, dims: int) -> list[str]:
@@ -549,15 +561,15 @@ def cautions(s: Statistics, dims: int) -> list[str]:
     return found
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    about = "Frechet Inception distance, and others, between two sets of images."
-    parser = argparse.ArgumentParser(prog="fid.py", description=about)
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Flags(__doc__)
     add = parser.add_argument
     sets = "a folder of images (recursive), an .npz of images (uint8 N,H,W,3), or an .npz of statistics (mu, sigma)"
     add("a", type=Path, metavar="A", help=f"the samples: {sets}; sample.py's grid.png is not counted")
     likewise = "the reference, likewise; may be left out with --save, or where A holds completions of sample.py"
     add("b", type=Path, metavar="B", nargs="?", help=likewise)
-    add("--dims", type=int, default=2048, choices=list(LAST), help="features, by depth in the network (default: 2048)")
+    depths = list(LAYER_OF_DIMS)
+    add("--dims", type=int, default=2048, choices=depths, help="features, by depth in the network (default: 2048)")
     add("--weights", type=Path, metavar="FILE", help=f"the network's weights (default: downloaded once into {CACHE})")
     add("--save", type=Path, metavar="FILE", help="keep the statistics of A as an .npz, also loadable by pytorch_fid")
     add("--kid", action="store_true", help="also the kernel distance: mean and deviation over 100 subsets of 1,000")
@@ -566,16 +578,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the subsets of --kid and --infinity (default: 0)")
     add("--skip-broken", action="store_true", help="leave out files that cannot be read, instead of stopping")
     add("--json", action="store_true", help="print one JSON object with everything needed to repeat the measurement")
-    args = parser.parse_args(argv)
-    if args.b is None and args.save is None and not completions(args.a):
-        parser.error("B is missing: give a second set, or --save FILE to keep the statistics of A")
-    return args
+    flags = parser.parse(arguments)
+    flags.completions = completions(flags.a) if flags.b is None and flags.save is None else []
+    if flags.b is None and flags.save is None and not flags.completions:
+        raise UserError("B is missing: give a second set, or --save FILE to keep the statistics of A")
+    if flags.b is None and (flags.kid or flags.pr or flags.infinity):
+        raise UserError("--kid, --pr and --infinity compare A with a second set: give B, or leave them out")
+    if not 0 <= flags.seed < 2**63:
+        raise UserError(f"--seed is {flags.seed}: choose 0 to 2^63 - 1")
+    if flags.save and not (flags.save.name and flags.save.parent.is_dir()):
+        raise UserError(f"--save {flags.save} names no file in a folder that is there: give one, as in photos.npz")
+    if flags.save and flags.save.suffix != ".npz":
+        flags.save = flags.save.with_name(f"{flags.save.name}.npz")
+    return flags
 
 
 def completions(folder: Path) -> list[Path]:
     """The folders that `sample.py --prompt` leaves: originals, their round trip, then a folder for each ratio kept."""
-    kept = sorted(folder.glob("keep_*"), key=lambda path: float(path.name.removeprefix("keep_")))
+    named = (path for path in folder.glob("keep_*") if re.fullmatch(r"keep_\d+(\.\d+)?(e-\d+)?", path.name))
+    kept = sorted(filter(Path.is_dir, named), key=lambda path: float(path.name.removeprefix("keep_")))
     return [folder / "originals", folder / "roundtrip", *kept] if kept else []
+
+
+def how_drawn(folder: Path) -> dict[str, float]:
+    """The settings that sample.py noted beside the files it wrote."""
+    settings = read_json(path := folder / "samples.json")
+    for name in DRAWN:
+        if not isinstance(settings.get(name), int | float):
+            raise UserError(f"{path} has no number {name}: restore it, or delete its folder and sample anew")
+    return {name: settings[name] for name in DRAWN}
 
 
 ROW = (
@@ -584,7 +615,7 @@ ROW = (
 )
 
 
-def evaluation(sets: list[Statistics]) -> list[dict]:
+def evaluation(sets: list[Statistics], drawn: list[dict]) -> list[dict]:
     """The paper's protocol (section 4): FID of the completions at each ratio, with how they were drawn.
 
     Against the originals, as in the paper; against the originals as the codec gives them back, which leaves out what no
@@ -592,116 +623,129 @@ def evaluation(sets: list[Statistics]) -> list[dict]:
     """
     originals, roundtrip, *kept = sets
     floor, rows = frechet_distance(roundtrip, originals), []
-    for s in kept:
-        drawn = json.loads((Path(s.about["path"]) / "samples.json").read_text())
+    for s, settings in zip(kept, drawn, strict=True):
         fids = {"fid_originals": frechet_distance(s, originals), "fid_roundtrip": frechet_distance(s, roundtrip)}
-        row = {"keep": Path(s.about["path"]).name.removeprefix("keep_"), **fids, "fid_floor": floor}
-        rows.append(row | {name: drawn[name] for name in ("count", "seed", "temperature", "top_k", "top_p")})
+        keep = Path(s.about["path"]).name.removeprefix("keep_")
+        rows.append({"keep": keep, **fids, "fid_floor": floor, "count": s.about["count"], **settings})
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    if world > 1:
-        dist.init_process_group("gloo")  # also with GPUs: only features travel, from the CPU
-    sets, network, notes = [], None, []
-    for path in filter(None, (args.a, args.b)) if args.b or args.save else completions(args.a):
-        if not path.exists():
-            fail(f"{path} does not exist: give a folder of images or an .npz")
-        if not path.is_dir() and path.suffix.lower() != ".npz":
-            fail(f"{path} is neither a folder nor an .npz: give a folder of images or an .npz")
-        found = None if path.is_dir() else read_statistics(path, args.dims)
-        if found is None:
-            images = Images(path)
-            if network is None:
-                if rank:
-                    dist.barrier()  # rank 0 fetches the weights, the others find them in the cache
-                weights = weights_file(args.weights)
-                network, network_sha256 = load(weights, args.dims), sha256(weights)
-                if world > 1 and not rank:
-                    dist.barrier()
-                if not network_sha256.startswith(CHECKSUM):
-                    notes.append(f"{weights} is not the published file (sha256 {CHECKSUM}...): compare within it only")
-            features, modes = extract(images, network, args.skip_broken, rank, world)
-            if rank:
-                continue
-            if len(features) < 2:
-                fail(f"{path} has {len(features)} readable image(s), and a covariance needs two: add images")
-            found = Statistics.of(
-                features,
-                path=str(path),
-                count=len(features),
-                files_sha256=images.sha256,
-                network="inception-2015-12-05",
-                weights_sha256=network_sha256,
-                dims=args.dims,
-                resize=RESIZE,
-            )
-            notes += images.warnings(modes)
-        sets.append(found)
-        notes += cautions(found, args.dims)
-    if rank == 0:
-        report(args, sets, notes, argv)
-    if world > 1:
-        dist.destroy_process_group()
+def comparison(a: Statistics, b: Statistics, flags: argparse.Namespace, notes: list[str]) -> dict[str, float]:
+    """The distances asked for between two sets; adds to the notes what to know about them."""
+    for s in (a, b):
+        path = s.about["path"]
+        if s.features is None and (flags.kid or flags.pr):
+            flag = "--kid" if flags.kid else "--pr"
+            raise UserError(f"{path} holds no features, which {flag} needs: give the images instead")
+        if flags.pr and len(s.features) < 4:
+            raise UserError(f"{path} has {len(s.features)} images, and --pr needs 4: add images")
+    counts = [len(s.features) for s in (a, b) if s.features is not None]
+    if flags.infinity and not counts:
+        raise UserError("--infinity needs the images of A or B, and both are statistics: give a folder")
+    if flags.infinity and (fewest := min(counts)) <= 4 * flags.dims:
+        notes.append(f"--infinity fits down to a quarter of the images; {fewest:,} are few for {flags.dims} dims")
+    result = {"fid": frechet_distance(a, b)}
+    if flags.infinity:
+        result["fid_infinity"] = frechet_infinity(a, b, flags.seed)
+    if flags.kid:
+        result["kid"], result["kid_std"] = kernel_distance(a.features, b.features, flags.seed)
+    if flags.pr:
+        result["precision"], result["recall"] = precision_recall(a.features, b.features)
+    return result
 
 
-def report(args: argparse.Namespace, sets: list[Statistics], notes: list[str], argv: list[str] | None) -> None:
-    """Compute what was asked for, and print it."""
-    if args.save:
-        sets[0].save(args.save)
-    made_with = {s.about["weights_sha256"] for s in sets if "weights_sha256" in s.about}
-    if len(made_with) > 1:
-        notes.append(f"the two sets were made with different weights ({', '.join(sorted(x[:8] for x in made_with))})")
-    result: dict[str, float] = {}
-    if args.b is None and args.save is None:
-        result["completions"] = evaluation(sets)
-    elif len(sets) == 2:
-        a, b = sets
-        for asked, flag, least in ((args.kid, "--kid", 2), (args.pr, "--pr", 4)):
-            for s in (a, b) if asked else ():
-                if s.features is None:
-                    fail(f"{s.about['path']} holds no features, which {flag} needs: give the images instead")
-                if len(s.features) < least:
-                    fail(f"{s.about['path']} has {len(s.features)} images, and {flag} needs {least}: add images")
-        if args.infinity and a.features is None and b.features is None:
-            fail("--infinity needs the images of A or B, and both are statistics: give a folder")
-        if args.infinity and (fewest := min(len(s.features) for s in sets if s.features is not None)) <= 4 * args.dims:
-            notes.append(f"--infinity fits down to a quarter of the images; {fewest:,} are few for {args.dims} dims")
-        result["fid"] = frechet_distance(a, b)
-        if args.infinity:
-            result["fid_infinity"] = frechet_infinity(a, b, args.seed)
-        if args.kid:
-            result["kid"], result["kid_std"] = kernel_distance(a.features, b.features, args.seed)
-        if args.pr:
-            result["precision"], result["recall"] = precision_recall(a.features, b.features)
-    for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
-    if args.json:
-        versions = {module.__name__: module.__version__ for module in (torch, np, PIL)}
-        names = [Path(s.about["path"]).name for s in sets] if "completions" in result else "ab"
-        result |= {name: s.about for name, s in zip(names, sets, strict=False)}
-        result |= {"dims": args.dims, "resize": RESIZE, "seed": args.seed, "warnings": notes}
-        result |= {"command": shlex.join(sys.argv if argv is None else ["fid.py", *argv])}
-        result |= {"versions": {"python": platform.python_version(), **versions}}
-        print(json.dumps(result))
-        return
+def report(result: dict, sets: list[Statistics], flags: argparse.Namespace) -> None:
+    """Say the results in words."""
     for row in result.get("completions", []):
-        print(ROW.format(dims=args.dims, **row))
+        print(ROW.format(dims=flags.dims, **row))
     if "fid" in result:
         counts = " and ".join(f"{s.about['count']:,}" if "count" in s.about else "unknown" for s in sets)
-        print(f"FID-{args.dims} {result['fid']:.4f}  ({counts} images)")
+        print(f"FID-{flags.dims} {result['fid']:.4f}  ({counts} images)")
     if "fid_infinity" in result:
-        print(f"FID-{args.dims} at infinitely many images {result['fid_infinity']:.4f}")
+        print(f"FID-{flags.dims} at infinitely many images {result['fid_infinity']:.4f}")
     if "kid" in result:
         print(f"KID {result['kid']:.4g}, standard deviation over subsets {result['kid_std']:.4g}")
     if "precision" in result:
         print(f"precision {result['precision']:.4f}, recall {result['recall']:.4f}")
-    if args.save:
-        print(f"statistics of {args.a} saved to {args.save}")
+    if flags.save:
+        print(f"statistics of {flags.a} saved to {flags.save}")
+
+
+def measure(opened: list[Statistics | Images], flags: argparse.Namespace, notes: list[str]) -> list[Statistics]:
+    """The statistics of each set, those of images on rank 0 alone; adds to the notes what to know about them."""
+    rank, sets = dist.get_rank() if dist.is_initialized() else 0, []
+    if any(isinstance(found, Images) for found in opened):
+        if rank:
+            dist.barrier()  # rank 0 fetches the weights, the others find them in the cache
+        weights = weights_file(flags.weights)
+        network, sha256 = load(weights, flags.dims), digest(weights)
+        if dist.is_initialized() and not rank:
+            dist.barrier()
+        if not sha256.startswith(CHECKSUM):
+            notes.append(f"{weights} is not the published file (sha256 {CHECKSUM}...): compare within it only")
+    for found in opened:
+        if isinstance(found, Images):
+            features, modes = extract(found, network, flags.skip_broken)
+            if rank:
+                continue
+            if len(features) < 2:
+                held = f"{len(features)} readable image(s), and a covariance needs two"
+                raise UserError(f"{found.path} has {held}: add images")
+            notes += found.warnings(modes)
+            about = {"path": str(found.path), "count": len(features), "files_sha256": found.sha256}
+            made = {"network": "inception-2015-12-05", "weights_sha256": sha256, "dims": flags.dims, "resize": RESIZE}
+            found = Statistics.of(features, **about, **made)
+        sets.append(found)
+        notes += cautions(found, flags.dims)
+    return sets
+
+
+def compare(arguments: list[str] | None) -> None:
+    """Open the sets, look at their images, compute what was asked for, and print it."""
+    flags, notes = parse(arguments), []
+    paths = flags.completions or [path for path in (flags.a, flags.b) if path]
+    drawn = [how_drawn(path) for path in flags.completions[2:]]
+    if flags.completions:
+        others = sorted(set(flags.a.glob("keep_*")) - set(paths))
+        notes += [f"{path} is left out, as it is no folder named keep_NUMBER" for path in others]
+    sets = measure([open_set(path, flags.dims) for path in paths], flags, notes)
+    if dist.is_initialized() and dist.get_rank():
+        return
+    used = {s.about["weights_sha256"][:8] for s in sets if "weights_sha256" in s.about}
+    if len(used) > 1:
+        notes.append(f"the two sets were made with different weights ({', '.join(sorted(used))})")
+    if flags.save:
+        sets[0].save(flags.save)
+    result = {"completions": evaluation(sets, drawn)} if drawn else {}
+    if flags.b:
+        result = comparison(*sets, flags, notes)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    if not flags.json:
+        report(result, sets, flags)
+        return
+    names = [path.name for path in flags.completions] or ["a", "b"]
+    result |= {name: s.about for name, s in zip(names, sets, strict=False)}
+    result |= {"dims": flags.dims, "resize": RESIZE, "seed": flags.seed, "warnings": notes}
+    result |= {"command": shlex.join(sys.argv if arguments is None else ["fid.py", *arguments])}
+    versions = {module.__name__: module.__version__ for module in (torch, np, PIL)}
+    print(json.dumps(result | {"versions": {"python": platform.python_version(), **versions}}))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    world = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    if world > 1:
+        dist.init_process_group("gloo")  # also with GPUs: only features travel, from the CPU
+    try:
+        compare(arguments)
+    except Exception:
+        if world > 1 and dist.get_rank():
+            time.sleep(10)  # rank 0 mostly meets the same error and says it, and torchrun then ends this process
+        raise
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # on odd metadata in files that read well
-    main()
+    run(main)

@@ -5,6 +5,7 @@ Some tests compare with pytorch_fid or use the genuine weights in ../shared/ince
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import fid
+import plumbing.command
 from fid import Statistics, frechet_distance, frechet_infinity, kernel_distance, precision_recall
+from plumbing.command import UserError
 from tests.benchmark import published_inception, random_state
 from tests.conftest import command, torchrun
 
@@ -88,11 +91,13 @@ def run(capsys, *arguments: object) -> dict:
 def refusal(capsys, *arguments: object) -> str:
     """The one sentence with which the command refuses."""
     with pytest.raises(SystemExit) as stopped:
-        fid.main([str(argument) for argument in arguments])
+        plumbing.command.run(lambda: fid.main([str(argument) for argument in arguments]))
     assert stopped.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == "" and "Traceback" not in printed.err
-    return printed.err.strip().split("\n")[-1].removeprefix("fid.py: ")
+    sentence = printed.err.strip().split("\n")[-1]
+    assert sentence.startswith("error: ")
+    return sentence.removeprefix("error: ")
 
 
 # --- Equal to pytorch_fid ---------------------------------------------------------------------------------------------
@@ -269,7 +274,9 @@ def test_a_folder_is_searched_recursively_in_any_case_and_mixed_sizes(weights, t
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture(rng, 40 + 30 * i, 90 - 20 * i).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "._x.png").write_bytes(b"what macOS leaves behind")
+    for hidden in ("._x.png", ".cache/x.png", "deep/.git/y.png", "deep/.git/er/z.png"):  # also what macOS leaves
+        (tmp_path / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / hidden).write_bytes(b"no image")
     (tmp_path / "grid.png").write_bytes((tmp_path / "x.PNG").read_bytes())  # no numbered samples beside it: an image
     assert run(capsys, tmp_path, "--weights", weights, "--save", tmp_path / "s.npz")["a"]["count"] == 4
 
@@ -336,7 +343,7 @@ def test_images_are_resized_as_pytorch_fid_does_and_each_alone():
 
 def test_work_is_never_more_than_a_few_batches_ahead_and_comes_in_order():
     started = []
-    for taken, result in enumerate(fid.ahead(lambda item: started.append(item) or item, range(40), workers=3)):
+    for taken, result in enumerate(fid.in_order(lambda item: started.append(item) or item, range(40), workers=3)):
         assert result == taken and len(started) <= taken + 1 + 3
     assert sorted(started) == list(range(40))
 
@@ -359,6 +366,61 @@ def test_memory_grows_by_the_features_alone(tmp_path):
     assert peaks[1] - peaks[0] < 100_000  # kB
 
 
+# --- Completions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def completed(tmp_path) -> Path:
+    """What sample.py leaves behind, with other things beside."""
+    drawn = {"count": 6, "seed": 3, "temperature": 1.0, "top_k": 0, "top_p": 0.9}
+    for seed, name in enumerate(("originals", "roundtrip", "keep_0.25", "keep_0.5", "keep_1e-05", "keep_1")):
+        path = folder(tmp_path / "c" / name, seed=seed)
+        (path / "samples.json").write_text(json.dumps(drawn))
+    for name in ("keep_x", "keep_0.5.old", "keep_", "keep_nan"):
+        folder(tmp_path / "c" / name)
+    (tmp_path / "c" / "keep_0.75").write_text("no folder")
+    return tmp_path / "c"
+
+
+def test_completions_are_compared_with_the_originals_at_each_ratio(completed, weights, capsys):
+    result = run(capsys, completed, "--weights", weights)
+    rows = result["completions"]
+    assert [row["keep"] for row in rows] == ["1e-05", "0.25", "0.5", "1"]
+    half = rows[2]
+    assert (half["count"], half["seed"], half["temperature"], half["top_k"], half["top_p"]) == (6, 3, 1.0, 0, 0.9)
+    direct = run(capsys, completed / "keep_0.5", completed / "originals", "--weights", weights)["fid"]
+    floor = run(capsys, completed / "roundtrip", completed / "originals", "--weights", weights)["fid"]
+    assert half["fid_originals"] == pytest.approx(direct, rel=1e-9)
+    assert half["fid_floor"] == pytest.approx(floor, rel=1e-9)
+    left_out = [note for note in result["warnings"] if "is left out, as it is no folder named keep_NUMBER" in note]
+    assert [Path(note.split(" is left")[0]).name for note in left_out] == [
+        "keep_",
+        "keep_0.5.old",
+        "keep_0.75",
+        "keep_nan",
+        "keep_x",
+    ]
+    fid.main([str(completed), "--weights", str(weights), "--dims", "64"])
+    assert "keep 0.5: FID-64 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ("", "cannot be read"),
+        ('{"count": 6', "cannot be read"),
+        ("[]", "holds no JSON object"),
+        ('{"count": 6}', "has no number seed"),
+        ('{"count": "six"}', "has no number count"),
+    ],
+)
+def test_settings_beside_completions_that_are_absent_or_damaged_are_named(content, said, completed, capsys):
+    path = completed / "keep_0.5" / "samples.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert refusal(capsys, completed).startswith(f"{path} {said}")
+
+
 # --- What a user can get wrong ----------------------------------------------------------------------------------------
 
 
@@ -371,6 +433,25 @@ def test_an_absent_path_and_a_file_of_another_kind_are_refused(tmp_path, capsys)
 def test_a_missing_second_set_and_unknown_dims_are_refused(tmp_path, capsys):
     assert "B is missing: give a second set, or --save FILE" in refusal(capsys, tmp_path)
     assert "invalid choice" in refusal(capsys, tmp_path, tmp_path, "--dims", 100)
+
+
+def test_flags_that_cannot_be_are_refused_before_any_work(tmp_path, capsys):
+    for seed in (-1, 2**63):
+        assert refusal(capsys, tmp_path, tmp_path, "--seed", seed) == f"--seed is {seed}: choose 0 to 2^63 - 1"
+    assert "unknown argument --seeds: did you mean --seed?" in refusal(capsys, tmp_path, tmp_path, "--seeds", 1)
+    for path in (".", tmp_path / "nowhere" / "a.npz"):
+        assert f"--save {path} names no file in a folder that is there" in refusal(capsys, tmp_path, "--save", path)
+    for flag in ("--kid", "--pr", "--infinity"):
+        assert "compare A with a second set: give B" in refusal(capsys, tmp_path, flag, "--save", tmp_path / "a.npz")
+
+
+def test_statistics_are_saved_as_the_file_that_is_named_at_the_end(weights, tmp_path, capsys):
+    fid.main([str(folder(tmp_path / "a")), "--weights", str(weights), "--dims", "64", "--save", str(tmp_path / "x.y")])
+    assert f"saved to {tmp_path / 'x.y.npz'}\n" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "x.y.npz"]
+    (tmp_path / "b.npz").mkdir()
+    said = refusal(capsys, tmp_path / "a", "--weights", weights, "--dims", 64, "--save", tmp_path / "b.npz")
+    assert "b.npz cannot be written (" in said and "choose another file for --save" in said
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):
@@ -543,12 +624,11 @@ def test_a_download_is_checked_kept_and_not_repeated(cache, tmp_path, monkeypatc
     assert [p.name for p in cache.iterdir()] == ["weights.pth"]
 
 
-def test_a_download_that_is_not_the_file_is_refused_and_leaves_nothing(cache, tmp_path, capsys):
+def test_a_download_that_is_not_the_file_is_refused_and_leaves_nothing(cache, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"something else")
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(UserError, match=r"came with sha256 [0-9a-f]{8}, not 6726825d: fetch "):
         fid.weights_file(url=(tmp_path / "weights.pth").as_uri())
-    assert stopped.value.code == 2 and list(cache.iterdir()) == []
-    assert re.search(r"came with sha256 [0-9a-f]{8}, not 6726825d: fetch ", capsys.readouterr().err)
+    assert list(cache.iterdir()) == []
 
 
 def test_offline_says_url_path_and_checksum(cache, tmp_path, capsys, monkeypatch):
@@ -570,7 +650,31 @@ def test_a_damaged_cached_file_is_refused(cache, tmp_path, capsys):
 
 
 def test_the_command_ends_with_code_2_and_one_sentence(tmp_path):
-    command = [sys.executable, str(ROOT / "fid.py"), str(tmp_path), str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = command("fid.py", tmp_path, tmp_path)
     assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("fid.py: ")
+    assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("error: ")
+
+
+def test_under_torchrun_an_error_is_said_once_whichever_process_meets_it(weights, tmp_path):
+    ended = command(*torchrun(2, "fid.py", tmp_path, tmp_path))  # both
+    assert ended.returncode != 0 and "Traceback" not in ended.stdout
+    assert ended.stderr.count("holds no images") == 1 and re.search(r"exitcode *: 2", ended.stderr)
+    (folder(tmp_path, 3) / "image_001.png").write_bytes(b"")  # the first, once it has gathered what the second saw
+    ended = command(*torchrun(2, "fid.py", tmp_path, tmp_path, "--weights", weights, "--dims", 64))
+    assert ended.stderr.count("image_001.png cannot be read") == 1 and re.search(r"exitcode *: 2", ended.stderr)
+
+
+def test_a_user_without_a_home_needs_weights_alone(weights, tmp_path):
+    images = folder(tmp_path / "a", 2)
+    nameless = (
+        "import os, pwd, runpy, sys\n"
+        "def getpwuid(number): raise KeyError(f'getpwuid(): uid not found: {number}')\n"
+        "os.environ.pop('HOME', None); pwd.getpwuid = getpwuid\n"
+        "sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    arguments = ("-c", nameless, "fid.py", images, images, "--dims", 64)
+    ended = command(*arguments, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "there is no home folder for the weights: set HOME, or pass --weights with https" in ended.stderr
+    ended = command(*arguments, "--weights", weights, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 0 and ended.stdout.startswith("FID-64 0.0000  (2 and 2 images)")
