@@ -34,10 +34,11 @@ from torch import Tensor, library, nn
 import fid as fid_py  # the function below has the short name
 import sample
 import train
-from codec import JPEG, learn_pairs, no_grammar
+from codec import JPEG, Tokenizer
+from data.pairs import learn_pairs
 from data.prepare import cores, prepare
 from data.shapes import draw, make
-from plumbing import huggingface
+from plumbing import huggingface, plan, processes
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
@@ -167,10 +168,11 @@ def fid() -> None:
 class RandomTokens:
     """Stands for a Stream: where the tokens come from is not measured."""
 
-    grammar = no_grammar(320)
-
     def read(self, start: int, count: int) -> np.ndarray:
         return np.random.default_rng(start).integers(0, 320, count, np.uint16)
+
+    def read_syntax(self, start: int, count: int) -> np.ndarray:
+        return np.zeros((count, 0), np.uint8)
 
 
 def step_of(config: train.Config, device: torch.device, rows: int) -> tuple[Callable[[], None], nn.Module]:
@@ -262,15 +264,14 @@ def saving() -> None:
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        (Path(folder) / "codec.json").write_text("{}")
-        with train.Saver(Path(folder)) as saver:
-            for step in range(5):
-                begun = time.perf_counter()
-                saver.save(model, optimizer, step, config)
-                seconds["held up"].append(time.perf_counter() - begun)
-                saver.wait()
-                seconds["there"].append(time.perf_counter() - begun)
+    tokens = Tokenizer(JPEG(size=64))
+    with tempfile.TemporaryDirectory(dir=".") as folder, train.Saver(Path(folder)) as saver:
+        for step in range(5):
+            begun = time.perf_counter()
+            saver.save(model, optimizer, step, config, tokens)
+            seconds["held up"].append(time.perf_counter() - begun)
+            saver.wait()
+            seconds["there"].append(time.perf_counter() - begun)
         size = sum(path.stat().st_size for path in Path(folder).glob("step_*4/*")) / 1e9
     emit("saving base", {name: statistics.median(values) for name, values in seconds.items()}, "s", gb=round(size, 2))
 
@@ -284,11 +285,11 @@ def scale() -> None:
     if not torch.cuda.is_available():
         print("scale: there is no GPU here", file=sys.stderr)
         return
-    device = train.start()
+    device = processes.join()
     room = torch.cuda.get_device_properties(device).total_memory
     for name in ("base", "1b", "7b"):
         config = replace(train.CONFIGS[name], batch=train.CONFIGS[name].micro, syntax=False)
-        planned = train.memory_plan(config, 1)["in all"]
+        planned = plan.memory_plan(config, 1)["in all"]
         if planned > room:
             print(f"{name}: needs {planned / 1e9:.0f} GB of {room / 1e9:.0f}", file=sys.stderr)
             continue
@@ -309,10 +310,11 @@ def at_scale(config: train.Config, device: torch.device) -> dict[str, object]:
         torch.cuda.synchronize() if device.type == "cuda" else None
 
     seconds = interleaved({"step": timed}, rounds=5)["step"]
-    parameters, _ = train.count(config)
+    parameters, _ = plan.count(config)
     speed = config.batch * config.context / seconds
-    full, peak = train.flops_of(config, parameters), train.peak_flops(device)
+    full, peak = plan.flops_of(config, parameters), plan.peak_flops(device)
     causal = full - 6 * config.layers * config.dim * config.context
+    shares = {"MFU": speed * full / peak, "MFU, causal": speed * causal / peak} if peak else {}
     activity = torch.profiler.ProfilerActivity  # kernels alone, for an operator's time is that of its kernels again
     with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profile:
         timed()
@@ -324,9 +326,9 @@ def at_scale(config: train.Config, device: torch.device) -> dict[str, object]:
         times["attention" if any(part in name for part in ATTENTION) else kind] += spent
     total = sum(times.values()) or 1.0  # a profiler without its rights sees no kernels
     return {
-        "medians": {"tokens/s": speed, "MFU": speed * full / peak, "MFU, causal": speed * causal / peak},
+        "medians": {"tokens/s": speed, **shares},
         "unit": "tokens/s, share of the peak",
-        "memory_gb": round(train.memory(device), 1),
+        "memory_gb": round(plan.memory(device), 1),
         "profile": {name: round(spent / total, 3) for name, spent in times.items()},
     }
 
@@ -390,30 +392,36 @@ def preparation() -> None:
 
 
 def sampling() -> None:
-    """What mask and state cost beside a step of the small model, 64 files at once."""
-    tokens = learn_pairs(JPEG(), [JPEG().encode(draw(i)) for i in range(100)], 320)
-    config = replace(train.CONFIGS["small"], vocab=tokens.vocab, positions=tokens.grammar.positions)
-    model, begun = train.build_model(config, torch.device("cpu")).eval(), [np.array([tokens.start])] * 64
+    """What mask, states and positions cost beside a step of the small model, 64 files at once; and with a restart
+    marker a row."""
+    for restart in (1, 4):
+        alone, whole, steps = sampling_of(JPEG(restart=restart))
+        seconds = interleaved({"grammar": alone, "all": whole}, 5)
+        seconds = {name: value / steps * 1e3 for name, value in seconds.items()}
+        overhead = seconds["grammar"] / (seconds["all"] - seconds["grammar"])
+        emit(f"sampling, a token of 64 files, restart {restart}", seconds, "ms", overhead=round(overhead, 4))
+
+
+def sampling_of(codec: JPEG) -> tuple[Callable[[], None], Callable[[], None], int]:
+    """What the grammar does while files are drawn, the drawing as a whole, and the tokens of a file."""
+    tokenizer = learn_pairs(codec, [codec.encode(draw(i)) for i in range(100)], 320)
+    config = replace(train.CONFIGS["small"], vocab=tokenizer.vocab, positions=tokenizer.grammar.sizes)
+    model, begun = train.build_model(config, torch.device("cpu")).eval(), [np.array([tokenizer.start])] * 64
     model.init_weights()
-    seeds, steps = [(0, i) for i in range(64)], 500
-    rows = torch.from_numpy(np.stack(sample.generate(model, tokens, begun, seeds, length=steps)).astype(np.int64))
-    grammar, logits = sample.on(torch.device("cpu"), tokens.grammar), torch.randn(64, tokens.vocab)
+    seeds, steps, how = [(0, i) for i in range(64)], 500, sample.Sampling(length=500)
+    rows = torch.full((64, steps), tokenizer.end)
+    for row, file in zip(rows, sample.generate(model, tokenizer, begun, seeds, how), strict=True):
+        row[: len(file)] = torch.from_numpy(file.astype(np.int64))
+    grammar, logits = tokenizer.grammar.to("cpu"), torch.randn(64, tokenizer.vocab)
 
     def alone() -> None:
-        state = torch.full((64,), grammar.first)
+        states = grammar.begin(64)
         for at in range(1, steps):
-            logits.masked_fill(~grammar.legal(state, steps - at), -torch.inf)
-            state, _ = grammar.advance(state, rows[:, at])
-            grammar.position(state)
+            logits.masked_fill(grammar.mask(states, steps - 1 - at), -torch.inf)
+            states, _ = grammar.accept(states, rows[:, at], steps - 1 - at)
+            grammar.positions(states)
 
-    functions = {"grammar": alone, "all": lambda: sample.generate(model, tokens, begun, seeds, length=steps)}
-    seconds = {name: value / (steps - 1) * 1e3 for name, value in interleaved(functions, 5).items()}
-    emit(
-        "sampling, a token of 64 files",
-        seconds,
-        "ms",
-        overhead=seconds["grammar"] / (seconds["all"] - seconds["grammar"]),
-    )
+    return alone, lambda: sample.generate(model, tokenizer, begun, seeds, how), steps - 1
 
 
 # --- the whole of the small config ------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def losses(out: Path) -> dict[int, float]:
 
 def validation(out: Path) -> list[float]:
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [record["val_bits_per_image"] for record in records if "val_bits_per_image" in record]
+    return [record["val_bits_per_file"] for record in records if "val_bits_per_file" in record]
 
 
 @pytest.fixture(scope="session")

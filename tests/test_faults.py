@@ -11,20 +11,23 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 import train as module
 from codec import load_tokenizer
+from data.stream import Stream
+from plumbing import checkpoint as checkpoint_module
+from plumbing.checkpoint import Saver, checkpoints, damage, load, newest, read_run, state_of
 from plumbing.command import UserError
-from plumbing.files import digest
-from sample import checkpoints, damage, newest
-from tests.conftest import ROOT, RUN, command, config, losses, torchrun, validation
-from train import Stream, train
+from plumbing.files import digest, read_json
+from plumbing.weights import model_config, read_rows, write_safetensors
+from tests.conftest import ROOT, RUN, command, config, fresh, losses, torchrun, validation
+from train import train
 
 
 def begin(*arguments: object) -> subprocess.Popen:
@@ -80,8 +83,8 @@ SAVING = """
 import os, pathlib, random, signal, sys, time
 import torch
 import train
-from sample import checkpoints, newest
 from codec import load_tokenizer
+from plumbing.checkpoint import Saver, checkpoints, load, newest
 
 data, out = map(pathlib.Path, sys.argv[1:])
 shape = "--dim 64 --layers 2 --heads 2 --kv-heads 2".split()
@@ -93,11 +96,11 @@ for trial in range(50):
     if not child:  # saves again and again, until it is killed
         model = train.build_model(config, torch.device("cpu"))
         optimizer = train.build_optimizer(model, config)
-        step = train.load_checkpoint(out, model, optimizer, print)
-        saver = train.Saver(out)
+        step = load(out, model, optimizer, print)
+        saver, tokens = Saver(out), load_tokenizer(data)
         while True:
             step += 1
-            saver.save(model, optimizer, step, config)
+            saver.save(model, optimizer, step, config, tokens)
     deadline, step = time.time() + 60, last
     try:
         while time.time() < deadline and step <= last:
@@ -118,7 +121,6 @@ print("lost", lost, "of 50, saved", last)
 def test_kill_while_saving_never_loses_a_checkpoint(prepared, tmp_path):
     """50 kills at random moments of one save after another: the newest whole checkpoint is always there and newer."""
     (tmp_path / "run").mkdir()
-    shutil.copy(prepared / "codec.json", tmp_path / "run")
     result = command("-c", SAVING, prepared, tmp_path / "run", timeout=400)
     assert result.stdout.startswith("lost 0 of 50"), result.stderr + result.stdout
 
@@ -145,6 +147,77 @@ def test_a_run_continues_on_another_number_of_processes(prepared, finished, tmp_
     for step, loss in losses(finished).items():
         assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-6)
     assert validation(tmp_path / "run") == pytest.approx(validation(finished), rel=1e-5)
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+import train
+from codec import load_tokenizer
+from plumbing import processes
+from plumbing.checkpoint import Saver, load
+
+config, device = train.parse(sys.argv[1:])[0], processes.join()
+tokens = load_tokenizer(Path(config.data))
+config = train.replace(config, vocab=tokens.vocab, positions=tokens.grammar.sizes)
+model = train.build_model(config, device)
+optimizer = train.build_optimizer(model, config)
+step = load(Path(config.out), model, optimizer, print)
+if not step:
+    model.init_weights(config.seed)
+    for weight in model.parameters():
+        weight.grad = weight.detach().clone()
+    optimizer.step()
+with Saver(Path(config.out)) as saver:
+    saver.save(model, optimizer, step + 1, config, tokens)
+"""
+
+
+def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint but the step, of all its rows."""
+    shape = model_config(read_json(checkpoint / "config.json"), checkpoint)
+    found = read_rows(checkpoint, shape)
+    return {name: torch.cat([rows.numbers for rows in pieces]) for name, pieces in found.items() if name != "step"}
+
+
+def test_sharded_checkpoints_hold_the_numbers_of_one_process(prepared, tmp_path):
+    """Written by two, read and written by four, by one: bit for bit, rows that do not divide and moments included."""
+    (tmp_path / "script.py").write_text(SHARDED)
+    for out, processes in (("one", 1), ("many", 2), ("many", 4), ("many", 1)):
+        (tmp_path / out).mkdir(exist_ok=True)
+        launch = torchrun(processes) if processes > 1 else ()
+        arguments = ("--data", prepared, "--out", tmp_path / out, *RUN, "--hidden", 65, "--keep", 3)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = command(*launch, tmp_path / "script.py", *arguments, env=environment)
+        assert result.returncode == 0, result.stderr
+    wanted, found = whole(tmp_path / "one" / "step_00000001"), checkpoints(tmp_path / "many")
+    assert [len(list(path.glob("rank_*"))) for path in found] == [1, 4, 2]
+    assert {name.rpartition(".")[2] for name in wanted} == {"weight", "step", "exp_avg", "exp_avg_sq"}
+    for path in found:
+        assert whole(path).keys() == wanted.keys()
+        assert all(torch.equal(numbers, wanted[name]) for name, numbers in whole(path).items())
+
+
+def test_whatever_several_optimizers_remember_comes_back(prepared, tmp_path):
+    def begin() -> tuple:
+        model = fresh(settings)
+        parts = [[w for w in model.parameters() if w.dim() == dim] for dim in (2, 1)]
+        return model, [torch.optim.SGD(parts[0], 0.1, momentum=0.9), torch.optim.AdamW(parts[1], 0.1)]
+
+    tokens = load_tokenizer(prepared)
+    settings = module.replace(config(prepared, tmp_path), vocab=tokens.vocab)
+    model, optimizers = begin()
+    for weight in model.parameters():
+        weight.grad = weight.detach().clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    with Saver(tmp_path) as saver:
+        saver.save(model, optimizers, 5, settings, tokens)
+    again, others = begin()
+    assert load(tmp_path, again, others, print) == 5
+    before, after = state_of(model, optimizers, 5), state_of(again, others, 5)
+    assert any("momentum_buffer" in name for name in before) and any("exp_avg_sq" in name for name in before)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused(prepared, tmp_path):
@@ -177,17 +250,17 @@ def test_200_flipped_bytes_of_a_checkpoint_are_all_found(finished, tmp_path):
 
 
 def test_a_damaged_shard_is_named(prepared, tmp_path):
-    rng, grammar = np.random.default_rng(0), load_tokenizer(prepared).grammar
-    for trial in range(20):
+    rng = np.random.default_rng(0)
+    for trial in range(24):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         shutil.copytree(prepared, tmp_path / "data")
-        path = sorted((tmp_path / "data").glob("*.npy"))[trial % 4]
+        path = sorted((tmp_path / "data").glob("*.npy"))[trial % 6]
         data = bytearray(path.read_bytes())
         data[rng.integers(128, len(data))] ^= 1 << rng.integers(8)  # behind numpy's header
         path.write_bytes(data)
         name = path.name.split(".")[0]
-        with pytest.raises(UserError, match=f"{name}.npy is not as it was written"):
-            Stream(tmp_path / "data", name.split("-")[0], grammar)
+        with pytest.raises(UserError, match=f"{name}.*npy is not as it was written"):
+            Stream(tmp_path / "data", name.split("-")[0], syntax=True)
     with pytest.raises(UserError, match="is not as it was written"):
         train(config(tmp_path / "data", tmp_path / "run"))
 
@@ -202,31 +275,221 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("where", ["metadata", "entry"])
-def test_a_malicious_checkpoint_is_refused_and_its_code_never_runs(prepared, finished, tmp_path, where):
-    shutil.copytree(finished, tmp_path / "run")
-    latest, mark = tmp_path / "run" / "step_00000012", tmp_path / "ran"
-    if where == "metadata":
-        (latest / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
-    else:
-        settings = config(prepared, tmp_path / "run")
-        model = module.build_model(module.replace(settings, **shape(latest)), torch.device("cpu"))
-        for path in (*latest.glob("*.distcp"), latest / ".metadata"):
-            path.unlink()
-        dcp.save({"model": model.state_dict(), "step": Evil(mark)}, checkpoint_id=latest)
-    files = [path for path in sorted(latest.iterdir()) if path.name != "manifest.json"]
-    (latest / "manifest.json").write_text(json.dumps({path.name: digest(path) for path in files}))
-    results = [command("train.py", "--data", prepared, "--out", tmp_path / "run", *RUN)]
-    if where == "metadata":  # sample.py reads the weights alone
-        results.append(command("sample.py", tmp_path / "run", "--count", 1))
-    for result in results:
-        assert result.returncode == 2 and "do not use it" in result.stderr, result.stderr
+def seal(checkpoint: Path) -> None:
+    """Write the manifest anew, so that whatever the files hold now counts as undamaged."""
+    files = [path for path in sorted(checkpoint.iterdir()) if path.name != "manifest.json"]
+    (checkpoint / "manifest.json").write_text(json.dumps({path.name: digest(path) for path in files}))
+
+
+def test_a_malicious_checkpoint_is_refused_and_its_code_never_runs(prepared, finished, tmp_path):
+    """Each file in turn is a pickle, and the manifest says so."""
+    mark = tmp_path / "ran"
+    for name in [path.name for path in sorted((finished / "step_00000012").iterdir())]:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(finished, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "step_00000008")
+        latest = tmp_path / "run" / "step_00000012"
+        (latest / name).write_bytes(pickle.dumps(Evil(mark)))
+        if name != "manifest.json":
+            seal(latest)
+        with pytest.raises(UserError, match="no checkpoint" if name == "manifest.json" else name):
+            read_run(tmp_path / "run", torch.device("cpu"))
+        if name.startswith("rank"):
+            arguments = ("train.py", "--data", prepared, "--out", tmp_path / "run", *RUN)
+            for result in (command(*arguments), command("sample.py", tmp_path / "run", "--count", 1)):
+                assert result.returncode == 2 and "do not use it" in result.stderr, result.stderr
+                assert "Traceback" not in result.stderr
     assert not mark.exists()
 
 
-def shape(checkpoint: Path) -> dict:
-    saved = json.loads((checkpoint / "config.json").read_text())
-    return {"vocab": saved["vocab"], "positions": tuple(saved["positions"])}
+def lie(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
+    """A change of a safetensors file's header, which may be made in place."""
+
+    def changed(data: bytes) -> bytes:
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        text = json.dumps(change(header) or header).encode()
+        return len(text).to_bytes(8, "little") + text + data[end:]
+
+    return changed
+
+
+def offsets(header: dict, begin: int, end: int) -> None:
+    header["model.norm.weight"]["data_offsets"] = [begin, end]
+
+
+def note(header: dict, **change: object) -> None:
+    notes = header["__metadata__"]
+    notes["model.norm.weight"] = json.dumps(json.loads(notes["model.norm.weight"]) | change)
+
+
+LIES = {
+    "negative offsets": lie(lambda header: offsets(header, -128, 0)),
+    "overlapping": lie(lambda header: offsets(header, 0, 128)),
+    "too large": lie(lambda header: offsets(header, 1 << 40, (1 << 40) + 128)),
+    "offsets that are no integers": lie(lambda header: offsets(header, 0.0, True)),
+    "an unknown format": lie(lambda header: header["model.norm.weight"].update(dtype="F31")),
+    "a negative shape": lie(lambda header: header["model.norm.weight"].update(shape=[-8, -4])),
+    "an endless shape": lie(lambda header: header["model.norm.weight"].update(shape=[0, 10**30])),
+    "a list": lie(lambda header: [1, 2]),
+    "numbers for tensors": lie(lambda header: {"model.norm.weight": 3}),
+    "no offsets": lie(lambda header: header["model.norm.weight"].pop("data_offsets") and None),
+    "notes that are no texts": lie(lambda header: header["__metadata__"].update(more=3)),
+    "no notes": lie(lambda header: header.pop("__metadata__") and None),
+    "other rows": lie(lambda header: note(header, first_row=1)),
+    "negative rows": lie(lambda header: note(header, first_row=-1)),
+    "rows that are no integers": lie(lambda header: note(header, first_row=None)),
+    "a larger whole": lie(lambda header: note(header, shape=[64])),
+    "another whole": lie(lambda header: note(header, shape=[16, 2])),
+    "a tensor that is not there": lie(lambda header: {"__metadata__": {}}),
+    "a length of 2^63": lambda data: (1 << 63).to_bytes(8, "little") + data[8:],
+    "no JSON": lambda data: data[:8] + b"#" + data[9:],
+    "nested without end": lambda data: (10**5).to_bytes(8, "little") + b"[" * 10**5 + data,
+    "empty": lambda data: b"",
+    "cut": lambda data: data[:-1],
+    "longer": lambda data: data + b"0",
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_checkpoint_whose_headers_lie_is_refused_in_one_sentence(prepared, finished, tmp_path, name):
+    latest = tmp_path / "step_00000012"
+    shutil.copytree(finished / "step_00000012", latest)
+    path = latest / "rank_00000.safetensors"
+    path.write_bytes(LIES[name](path.read_bytes()))
+    seal(latest)
+    shape = model_config(read_json(latest / "config.json"), latest)
+    model = fresh(module.replace(config(prepared, tmp_path), vocab=shape.vocab, positions=shape.positions))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for read in (lambda: read_run(tmp_path, torch.device("cpu")), lambda: load(tmp_path, model, optimizer, print)):
+        with pytest.raises(UserError, match="do not use it|delete it") as error:
+            read()
+        assert str(latest) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"heads": None}, "heads is None"),
+        ({"layers": "2"}, "layers is '2'"),
+        ({"layers": 10**9}, "layers is 1000000000"),
+        ({"hidden": -64}, "hidden is -64"),
+        ({"qk_norm": 1}, "qk_norm is 1"),
+        ({"positions": [4, "4"]}, "positions is"),
+        ({"heads": 32, "kv_heads": 32}, "their ratio be even"),
+        ({"layers": 3}, "does not hold the weights"),
+        ({"hidden": 65}, "does not hold the weights"),
+        ({"vocab": 301}, "other tokens than codec.json"),
+        (None, "dim is missing"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused_in_one_sentence(finished, tmp_path, change, message):
+    latest = tmp_path / "step_00000012"
+    shutil.copytree(finished / "step_00000012", latest)
+    saved = read_json(latest / "config.json")
+    if change is None:
+        del saved["dim"]
+    (latest / "config.json").write_text(json.dumps(saved | (change or {})))
+    seal(latest)
+    with pytest.raises(UserError, match=message):
+        read_run(tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"../config.json": "0"}', '{"\\u0000": "0"}', "[" * 10**5])
+def test_a_damaged_manifest_is_damage(finished, tmp_path, text):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "step_00000012" / "manifest.json").write_text(text)
+    said = []
+    assert newest(checkpoints(tmp_path / "run"), said.append).name == "step_00000008" and "is damaged" in said[0]
+
+
+def test_training_does_not_begin_anew_over_damaged_checkpoints(prepared, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for checkpoint in checkpoints(tmp_path / "run"):
+        (checkpoint / "codec.json").unlink()
+    with pytest.raises(UserError, match="holds damaged checkpoints alone"):
+        train(config(prepared, tmp_path / "run"))
+
+
+def saved(prepared: Path, out: Path, step: int) -> None:
+    tokens = load_tokenizer(prepared)
+    settings = module.replace(config(prepared, out), vocab=tokens.vocab)
+    model = fresh(settings)
+    with Saver(out) as saver:
+        saver.save(model, module.build_optimizer(model, settings), step, settings, tokens)
+
+
+def test_a_checkpoint_is_read_back_before_it_counts(prepared, tmp_path, monkeypatch):
+    saved(prepared, tmp_path, 1)
+    for change in (lambda x: x + 1, lambda x: x.double(), lambda x: x[None]):
+
+        def broken(path, tensors, about, change=change):
+            name = "model.norm.weight"
+            write_safetensors(path, tensors | {name: change(tensors[name])}, about)
+
+        monkeypatch.setattr(checkpoint_module, "write_safetensors", broken)
+        with pytest.raises(UserError, match="could not save .*step_00000002 .*does not hold what was written"):
+            saved(prepared, tmp_path, 2)
+        assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_folders_that_cannot_be_opened_are_no_fault(prepared, tmp_path, monkeypatch):
+    def refusing(path, *arguments):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments)
+
+    real = os.open
+    monkeypatch.setattr(os, "open", refusing)
+    saved(prepared, tmp_path, 1)
+    assert newest(checkpoints(tmp_path)).name == "step_00000001"
+
+
+BROKEN = """
+import os, sys
+from pathlib import Path
+import train
+from codec import load_tokenizer
+from plumbing import checkpoint, processes
+from plumbing.command import UserError
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+config, device = train.parse(sys.argv[1:])[0], processes.join()
+tokens, out = load_tokenizer(Path(config.data)), Path(config.out)
+config = train.replace(config, vocab=tokens.vocab)
+model = train.build_model(config, device)
+model.init_weights(0)
+optimizer, saver = train.build_optimizer(model, config), checkpoint.Saver(out)
+saver.save(model, optimizer, 1, config, tokens)
+saver.wait()
+for step, (rank, function) in enumerate([(1, "write_safetensors"), (0, "save_tokenizer")], 2):
+    real = getattr(checkpoint, function)
+    if processes.rank() == rank:
+        setattr(checkpoint, function, full)
+    try:
+        saver.save(model, optimizer, step, config, tokens)
+        saver.wait()
+    except UserError as error:
+        print("said", error, flush=True)
+    setattr(checkpoint, function, real)
+    processes.barrier()
+    print(sorted(path.name for path in out.iterdir()), flush=True)
+    processes.barrier()
+"""
+
+
+def test_what_one_process_cannot_write_all_processes_report(prepared, tmp_path):
+    (tmp_path / "script.py").write_text(BROKEN)
+    (tmp_path / "run").mkdir()
+    arguments = torchrun(2, tmp_path / "script.py", "--data", prepared, "--out", tmp_path / "run", *RUN)
+    result = command(*arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for step in (2, 3):
+        text = f"said could not save {tmp_path}/run/step_{step:08d} ([Errno 28] No space left on device): make room"
+        assert result.stdout.count(text) == 2, result.stdout
+    assert result.stdout.count("['step_00000001']\n") == 4 and damage(tmp_path / "run" / "step_00000001") is None
 
 
 def test_a_full_disk_while_saving_leaves_the_old_checkpoint(prepared, finished, tmp_path):
@@ -276,7 +539,7 @@ def test_all_processes_stop_at_the_same_step(prepared, finished, tmp_path):
 def test_a_second_signal_ends_at_once():
     script = """
         import os, signal, time
-        from train import Stop
+        from plumbing.run import Stop
         with Stop() as stop:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)  # as torchrun doubles what the terminal sends

@@ -7,9 +7,10 @@ import torch
 from codec import JPEG, Tokenizer
 from model import Cache, Llama, ModelConfig
 from plumbing import huggingface
-from sample import choose, generate, grid
+from plumbing.draw import grid
+from sample import Sampling, choose, generate
 
-FREE = Tokenizer(JPEG(restart=0), ((0, 0),) * 42)  # 300 tokens in any order
+FREE, HOW = Tokenizer(JPEG(restart=0), ((0, 0),) * 42), Sampling(free=True)  # 300 tokens in any order
 SMALL = {"vocab": 300, "context": 96, "dim": 48, "layers": 3, "heads": 4, "hidden": 112}
 
 
@@ -90,19 +91,19 @@ def test_tokens_are_drawn_with_their_probability():
     logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.0, 2.5])
     uniform = (torch.arange(20_000) + 0.5) / 20_000
     for temperature in (0.5, 1.0, 2.0):
-        drawn = choose(logits.expand(20_000, 6), uniform, temperature, 0, 1.0)
+        drawn = choose(logits.expand(20_000, 6), uniform, Sampling(temperature))
         share = torch.bincount(drawn, minlength=6) / 20_000
         torch.testing.assert_close(share, (logits / temperature).softmax(0), rtol=0, atol=2e-4)
 
 
 def test_top_k_and_top_p_keep_the_likeliest():
     logits, uniform = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)), torch.rand(64)
-    assert torch.equal(choose(logits, uniform, 1.0, 1, 1.0), logits.argmax(-1))
-    assert torch.equal(choose(logits, uniform, 0.0, 0, 1.0), logits.argmax(-1))
-    assert torch.equal(choose(logits, uniform, 1.0, 0, 1e-6), logits.argmax(-1))
-    top = choose(logits, torch.full((64,), 0.999999), 1.0, 3, 1.0)
+    assert torch.equal(choose(logits, uniform, Sampling(1.0, 1, 1.0)), logits.argmax(-1))
+    assert torch.equal(choose(logits, uniform, Sampling(0.0, 0, 1.0)), logits.argmax(-1))
+    assert torch.equal(choose(logits, uniform, Sampling(1.0, 0, 1e-6)), logits.argmax(-1))
+    top = choose(logits, torch.full((64,), 0.999999), Sampling(1.0, 3, 1.0))
     assert torch.equal(top, logits.topk(3).indices[:, 2])
-    last = choose(logits, torch.full((64,), 0.999999), 1.0, 0, 0.5)
+    last = choose(logits, torch.full((64,), 0.999999), Sampling(1.0, 0, 0.5))
     order = logits.argsort(-1, descending=True)
     sums = logits.softmax(-1).gather(-1, order).cumsum(-1)
     assert torch.equal(last, order.gather(-1, (sums < 0.5).sum(-1, keepdim=True))[:, 0])
@@ -111,19 +112,21 @@ def test_top_k_and_top_p_keep_the_likeliest():
 def test_a_picture_does_not_depend_on_its_batch():
     model, prompts = small(), [np.array([298, *range(i)]) for i in (0, 3, 0, 7, 1)]
     seeds = [(5, i) for i in range(5)]
-    together = generate(model, FREE, prompts, seeds)
+    together = generate(model, FREE, prompts, seeds, HOW)
     for prompt, seed, row in zip(prompts, seeds, together, strict=True):
-        alone = generate(model, FREE, [prompt], [seed])[0]
+        alone = generate(model, FREE, [prompt], [seed], HOW)[0]
         ends = [np.append(r, 299).tolist().index(299) for r in (row, alone)]
         assert row[: ends[0]].tolist() == alone[: ends[1]].tolist()
         assert row[: len(prompt)].tolist() == prompt.tolist()
-    other = generate(model, FREE, prompts[:1], [(6, 0)])[0]
+    other = generate(model, FREE, prompts[:1], [(6, 0)], HOW)[0]
     assert other.tolist() != together[0].tolist()
 
 
 def test_greedy_generation_follows_the_full_pass():
     model = small()
-    row = torch.from_numpy(generate(model, FREE, [np.array([298])], [(0, 0)], temperature=0)[0].astype(np.int64))
+    row = torch.from_numpy(
+        generate(model, FREE, [np.array([298])], [(0, 0)], Sampling(0, free=True))[0].astype(np.int64)
+    )
     with torch.no_grad():
         assert torch.equal(model(row[None, :-1]).argmax(-1)[0], row[1:])
 

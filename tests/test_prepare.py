@@ -2,12 +2,15 @@
 
 import io
 import json
+import multiprocessing.synchronize
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,17 +18,18 @@ from PIL import Image
 
 from codec import JPEG, load_tokenizer
 from data import prepare as module
-from data import sources
-from data.pictures import read_square
+from data import shapes
+from data.pairs import learn_pairs
 from data.prepare import prepare
 from data.shapes import draw
-from data.sources import Unusable
 from plumbing.command import UserError
 from tests.conftest import ROOT, SHARED, command
 
+SMALL = {"codec": JPEG(size=32), "vocab": 260, "validation": 0.1, "workers": 1}
+
 
 def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("report.json", "lock")}
 
 
 def documents(folder, split: str) -> list[np.ndarray]:
@@ -75,18 +79,18 @@ def test_a_preparation_that_was_killed_continues_to_the_same_result(photos, prep
     one."""
     script = (
         "import data.prepare as p; from codec import JPEG; from pathlib import Path; import time; p.PART = 8\n"
-        "encode = p.encode_part\n"
-        "def slow(*a): encode(*a); time.sleep(0.2)\n"
-        "p.encode_part = slow\n"
+        "write = p.Part.write\n"
+        "def slow(*a): write(*a); time.sleep(0.2)\n"
+        "p.Part.write = slow\n"
         f"p.prepare(Path({str(photos)!r}), Path({str(tmp_path / 'out')!r}), JPEG(size=32), 300, 0.1, 1)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
     parts = tmp_path / "out" / "parts"
-    while process.poll() is None and len(list(parts.glob("*.skipped"))) < 3:
+    while process.poll() is None and len(list(parts.glob("*.json"))) < 3:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.skipped")}
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
     assert 3 <= len(kept) < 8
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
     assert documents(tmp_path / "out", "train")[0].tobytes() == documents(prepared, "train")[0].tobytes()
@@ -103,61 +107,6 @@ def test_other_settings_are_refused_with_a_difference(photos, prepared):
         prepare(photos, photos, JPEG(size=32), vocab=300, validation=0.1, workers=1)
 
 
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
-
-
-def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path):
-    png = saved(Image.fromarray(draw(0)), "PNG")
-    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (20_000).to_bytes(4) + (20_000).to_bytes(4) + b"\x08\2\0\0\0"
-    bomb = header + zlib.crc32(header[12:]).to_bytes(4) + png[33:]
-    cases = {
-        b"": "empty",
-        b"GIF? no, text": "not an image",
-        png[: len(png) // 2]: "truncated or damaged",
-        bomb: "megapixels",
-        saved(Image.new("RGB", (200, 63)), "PNG"): "smaller than 64",
-        saved(Image.new("F", (64, 64)), "TIFF"): "unknown range",
-    }
-    for data, reason in cases.items():
-        with pytest.raises(Unusable, match=reason):
-            read_square(data, 64)
-    with pytest.raises(Unusable, match="unreadable"):
-        sources.read_file(sources.Item(str(tmp_path), 0, -1, "a folder"))
-
-
-def test_every_mode_becomes_rgb():
-    """Grey, 16 bits, palette, alpha and CMYK pictures of one colour keep it; what is transparent is white."""
-    grey = np.full((64, 64), 100, np.uint8)
-    wide = Image.fromarray(np.full((64, 64), 100 * 257, np.uint16))
-    for data in (
-        saved(Image.fromarray(grey), "PNG"),
-        saved(wide, "PNG"),
-        saved(wide, "TIFF"),
-        saved(Image.fromarray(grey).convert("P"), "GIF"),
-        saved(Image.fromarray(grey).convert("LA"), "PNG"),
-        saved(Image.fromarray(grey).convert("RGB").convert("CMYK"), "TIFF"),
-        saved(Image.fromarray(grey).convert("RGB"), "WEBP", lossless=True),
-        saved(Image.fromarray(grey).convert("RGB"), "BMP"),
-    ):
-        assert np.array_equal(read_square(data, 64), np.full((64, 64, 3), 100))
-    clear = Image.new("RGBA", (64, 64), (9, 9, 9, 0))
-    assert (read_square(saved(clear, "PNG"), 64) == 255).all()
-    assert (read_square(saved(Image.new("1", (64, 64), 1), "PNG"), 64) == 255).all()
-
-
-def test_the_largest_centre_square_is_taken_upright():
-    wide = np.zeros((64, 128, 3), np.uint8)
-    wide[:, 32:96] = draw(3)
-    assert np.array_equal(read_square(saved(Image.fromarray(wide), "PNG"), 64), draw(3))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    turned = saved(Image.fromarray(np.rot90(draw(3)).copy()), "PNG", exif=exif)
-    assert np.array_equal(read_square(turned, 64), draw(3))
-
-
 def test_shapes_are_the_same_every_time():
     assert np.array_equal(draw(7), draw(7)) and not np.array_equal(draw(7), draw(8))
     assert draw(0, 32).shape == (32, 32, 3)
@@ -172,7 +121,7 @@ def test_odd_images_never_crash_and_are_all_accounted_for(tmp_path):
     used = sum(shard["documents"] for shard in report["shards"].values())
     assert used + len(names) == report["settings"]["files"] and sum(report["skipped"].values()) == len(names)
     assert used > 600
-    assert "pillow/truncated_jpeg.jpg" in names and "pillow/decompression_bomb.gif" in names
+    assert "pillow/broken_data_stream.png" in names and "pillow/decompression_bomb.gif" in names
     assert "pillow/hopper.ppm" not in names
 
 
@@ -180,15 +129,139 @@ def test_odd_images_never_crash_and_are_all_accounted_for(tmp_path):
     "arguments, message",
     [
         (["nowhere", "OUT"], "not a folder"),
-        (["EMPTY", "OUT"], "0 usable images of 0 files"),
+        (["EMPTY", "OUT"], "0 usable files of 0"),
+        (["EMPTY", "OUT", "--codec", "pixels"], "0 usable files of 0"),
+        (["PHOTOS", "PHOTOS/out"], "lies in"),
         (["EMPTY", "OUT", "--qualty", "3"], "did you mean --quality?"),
         (["EMPTY", "OUT", "--size", "abc"], "invalid int value: 'abc'"),
         (["EMPTY", "OUT", "--size", "8"], "choose 16 to 1024"),
         (["EMPTY", "OUT", "--val", "1"], "between 0 and 1"),
     ],
 )
-def test_mistakes_end_in_one_sentence(arguments, message, tmp_path):
+def test_mistakes_end_in_one_sentence(arguments, message, photos, tmp_path):
     (tmp_path / "empty").mkdir()
-    places = {"EMPTY": tmp_path / "empty", "OUT": tmp_path / "out"}
+    places = {"EMPTY": tmp_path / "empty", "OUT": tmp_path / "out", "PHOTOS": photos, "PHOTOS/out": photos / "out"}
     result = command("-m", "data.prepare", *(places.get(a, a) for a in arguments))
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+# --- what was begun, continued --------------------------------------------------------------------------------------
+
+
+def drawings(folder, numbers, seed: int = 3):
+    """Pictures in a format without compression, so that all files have one size."""
+    folder.mkdir(exist_ok=True)
+    for i in numbers:
+        Image.fromarray(draw(i, 32, seed)).save(folder / f"{i:02d}.bmp")
+    return folder
+
+
+@pytest.mark.parametrize("then", [{}, {"vocab": 270}, {"codec": JPEG(size=32, quality=50)}])
+def test_a_preparation_of_too_few_files_goes_on_when_there_are_more(then, tmp_path):
+    """With the same settings or with others: nothing was finished."""
+    with pytest.raises(UserError, match="5 usable files of 5 .* give it more"):
+        prepare(drawings(tmp_path / "in", range(5)), tmp_path / "out", **SMALL)
+    prepare(drawings(tmp_path / "in", range(5, 20)), tmp_path / "out", **{**SMALL, **then})
+    prepare(tmp_path / "in", tmp_path / "fresh", **{**SMALL, **then})
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_file_that_was_replaced_is_encoded_anew(tmp_path):
+    """Another picture under the name of one that an unfinished preparation had encoded, as large as that."""
+    with pytest.raises(UserError, match="give it more"):
+        prepare(drawings(tmp_path / "in", range(20)), tmp_path / "out", **{**SMALL, "validation": 0.01})
+    drawings(tmp_path / "in", [7], seed=4)
+    prepare(tmp_path / "in", tmp_path / "out", **SMALL)
+    prepare(tmp_path / "in", tmp_path / "fresh", **SMALL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_copy_is_prepared_already_and_a_file_of_another_size_is_refused(tmp_path, capsys):
+    prepare(drawings(tmp_path / "in", range(20)), tmp_path / "out", **SMALL)
+    shutil.copytree(tmp_path / "in", tmp_path / "copy", copy_function=shutil.copyfile)
+    capsys.readouterr()
+    prepare(tmp_path / "copy", tmp_path / "out", **SMALL)
+    assert capsys.readouterr().out == f"{tmp_path / 'out'} is prepared already\n"
+    Image.fromarray(draw(0, 64)).save(tmp_path / "copy" / "07.bmp")
+    with pytest.raises(UserError, match="listing: .*, now .*choose another folder, or delete this one"):
+        prepare(tmp_path / "copy", tmp_path / "out", **SMALL)
+
+
+def test_pictures_that_are_drawn_already_keep_their_time(tmp_path):
+    """An interrupted preparation knows its parts by it; what a kill cut is drawn again."""
+    shapes.make(tmp_path / "out", 40, 32)
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "out-pictures").iterdir()}
+    first, cut, *_ = sorted(drawn)
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:50])
+    shapes.make(tmp_path / "out", 40, 32)
+    assert {path for path in drawn if path.stat().st_mtime_ns != drawn[path]} == {cut}
+    assert cut.read_bytes() == whole
+
+
+def test_two_preparations_of_one_folder_take_turns(photos, tmp_path):
+    arguments = ["-m", "data.prepare", photos, tmp_path / "out", "--size", 32, "--val", 0.1, "--workers", 1]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, **pipes) for _ in range(2)]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("is prepared already" in out for out, _ in said) == 1
+    assert sum("60 documents" in out for out, _ in said) == 1
+
+
+# --- workers and memory ---------------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_is_one_sentence_and_the_same_call_continues(photos, tmp_path, monkeypatch):
+    two = {**SMALL, "workers": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "encode_items", killed)
+        with pytest.raises(UserError, match="a worker process was killed, .*the same command continues.*--workers 1"):
+            prepare(photos, tmp_path / "out", **two)
+    prepare(photos, tmp_path / "out", **two)
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_one_worker_needs_nothing_that_processes_share(photos, tmp_path, monkeypatch):
+    """As where /dev/shm cannot be written."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", refuse)
+    with pytest.raises(UserError, match="no worker processes can be used here .*Read-only.*: pass --workers 1"):
+        prepare(photos, tmp_path / "out", **{**SMALL, "workers": 2})
+    prepare(photos, tmp_path / "out", **SMALL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not say what a process held")
+def test_more_pairs_take_no_more_memory(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(40):
+        noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "in" / f"{i}.png")
+    script = (
+        "import sys; from data.prepare import main; main(sys.argv[1:]); "
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    peaks = []
+    for vocab in (320, 5000):
+        given = (tmp_path / "in", tmp_path / str(vocab), "--workers", 1, "--vocab", vocab)
+        result = command("-c", script, *given)
+        assert result.returncode == 0, result.stderr
+        peaks.append(int(result.stdout.split()[-1]) / 1024)
+    assert load_tokenizer(tmp_path / "5000").vocab > 4000
+    assert peaks[1] - peaks[0] < 150  # MB
+
+
+def test_learning_pairs_has_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    learn_pairs(JPEG(size=32), [JPEG(size=32).encode(draw(i, 32)) for i in range(9)], 300)
+    assert "pairs: " in sys.stderr.getvalue() and "/42" in sys.stderr.getvalue()

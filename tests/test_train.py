@@ -9,44 +9,44 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import sample
 import train as module
 from codec import load_tokenizer
+from data.stream import Stream
+from plumbing import plan, processes
 from plumbing.command import UserError
 from plumbing.files import digest
 from tests.conftest import ROOT, RUN, command, config, fresh, losses, torchrun, validation
-from train import CONFIGS, Config, Stream, evaluate, parse, rows_of, train
+from train import CONFIGS, Config, evaluate, parse, rows_of_step, train
 
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
 def test_each_row_comes_once_an_epoch_in_an_order_of_its_own():
-    order = np.concatenate([rows_of(step, 7, 50, seed=3) for step in range(50)])
+    order = np.concatenate([rows_of_step(step, 7, 50, seed=3) for step in range(50)])
     epochs = order.reshape(7, 50)
     assert all(np.array_equal(np.sort(epoch), np.arange(50)) for epoch in epochs)
     assert not np.array_equal(epochs[0], epochs[1])
-    assert not np.array_equal(order, np.concatenate([rows_of(step, 7, 50, seed=4) for step in range(50)]))
-    large = rows_of(3, 120, 50, seed=3)  # a batch larger than the data
-    assert np.array_equal(large, np.concatenate([rows_of(step, 1, 50, seed=3) for step in range(360, 480)]))
+    assert not np.array_equal(order, np.concatenate([rows_of_step(step, 7, 50, seed=4) for step in range(50)]))
+    large = rows_of_step(3, 120, 50, seed=3)  # a batch larger than the data
+    assert np.array_equal(large, np.concatenate([rows_of_step(step, 1, 50, seed=3) for step in range(360, 480)]))
 
 
 def test_rows_lie_end_to_end(prepared):
-    stream = Stream(prepared, "train", load_tokenizer(prepared).grammar)
-    rows = stream.rows(256)
+    stream = Stream(prepared, "train", syntax=True)
+    rows = stream.row_starts(256)
     assert np.array_equal(np.diff(rows), np.full(len(rows) - 1, 256))
     assert rows[-1] + 257 <= stream.bounds[-1] < rows[-1] + 257 + 256
 
 
 def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "data")
-    whole = Stream(prepared, "train", load_tokenizer(prepared).grammar)
+    whole = Stream(prepared, "train", syntax=True)
     tokens, report = whole.read(0, int(whole.bounds[-1])), json.loads((prepared / "report.json").read_text())
     cut = int(whole.documents[5])
     for i, part in enumerate((tokens[:cut], tokens[cut:])):
@@ -56,7 +56,7 @@ def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
         sha = digest(*(tmp_path / "data" / f"train-0000{i}{suffix}.npy" for suffix in ("", ".lengths")))
         report["shards"][f"train-0000{i}"] = {**report["shards"]["train-00000"], "sha256": sha}
     (tmp_path / "data" / "report.json").write_text(json.dumps(report))
-    stream = Stream(tmp_path / "data", "train", load_tokenizer(tmp_path / "data").grammar)
+    stream = Stream(tmp_path / "data", "train", syntax=False)
     assert np.array_equal(stream.read(cut - 9, 30), tokens[cut - 9 : cut + 21])
     assert np.array_equal(stream.read(len(tokens) - 5, 20), np.concatenate([tokens[-5:], tokens[:15]]))
 
@@ -64,7 +64,7 @@ def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
 def test_evaluation_is_the_sum_over_documents_alone(prepared, tmp_path):
     """Batches and padding change nothing: bits an image are those of each document in a pass of its own."""
     stream, settings = (
-        Stream(prepared, "val", load_tokenizer(prepared).grammar),
+        Stream(prepared, "val", syntax=False),
         replace(config(prepared, tmp_path), vocab=300),
     )
     model = fresh(settings)
@@ -74,14 +74,14 @@ def test_evaluation_is_the_sum_over_documents_alone(prepared, tmp_path):
         with torch.no_grad():
             logits = torch.cat([model(part) for part in tokens[:, :-1].split(256, 1)], 1)
         bits += module.cross_entropy(logits, tokens[:, 1:], "sum").item() / np.log(2)
-    result = evaluate(model, stream, settings, torch.device("cpu"))
-    assert result["bits_per_image"] == pytest.approx(bits / 6, rel=1e-6)
+    result = evaluate(model, stream, load_tokenizer(prepared).grammar, settings, torch.device("cpu"))
+    assert result["bits_per_file"] == pytest.approx(bits / 6, rel=1e-6)
     assert result["bits_per_byte"] == pytest.approx(bits / stream.symbols, rel=1e-6)
 
 
 def test_legal_bits_are_of_a_softmax_over_legal_tokens(prepared, tmp_path):
     tokens = load_tokenizer(prepared)
-    stream, settings = Stream(prepared, "val", tokens.grammar), replace(config(prepared, tmp_path), vocab=300)
+    stream, settings = Stream(prepared, "val", syntax=False), replace(config(prepared, tmp_path), vocab=300)
     model = fresh(settings)
     with torch.no_grad():
         for weight in model.parameters():
@@ -90,25 +90,27 @@ def test_legal_bits_are_of_a_softmax_over_legal_tokens(prepared, tmp_path):
         stream.read(begin, end - begin).astype(np.int64)
         for begin, end in zip(stream.documents, stream.documents[1:], strict=False)
     ]
-    legal = [tokens.grammar.legal(tokens.grammar.walk(document[None])[0][0, :-1]).sum(-1) for document in documents]
-    result = evaluate(model, stream, settings, torch.device("cpu"))
-    assert result["legal_bits_per_image"] == pytest.approx(np.log2(np.concatenate(legal)).sum() / 6, rel=1e-5)
+    walks = [tokens.grammar.walk([document]).states for document in documents]
+    legal = [(~tokens.grammar.mask(states[0, :-1], 1 << 20)).sum(-1) for states in walks]
+    result = evaluate(model, stream, load_tokenizer(prepared).grammar, settings, torch.device("cpu"))
+    assert result["legal_bits_per_file"] == pytest.approx(np.log2(np.concatenate(legal)).sum() / 6, rel=1e-5)
     count = sum(len(document) - 1 for document in documents)
-    assert result["bits_per_image"] == pytest.approx(np.log2(300) * count / 6, rel=1e-5)
+    assert result["bits_per_file"] == pytest.approx(np.log2(300) * count / 6, rel=1e-5)
 
 
-def test_states_of_any_piece_are_those_of_its_documents(prepared):
-    stream = Stream(prepared, "train", load_tokenizer(prepared).grammar)
-    whole = [
-        stream.grammar.walk(stream.read(begin, end - begin).astype(np.int64)[None])[0][0]
-        for begin, end in zip(stream.documents, stream.documents[1:], strict=False)
-    ]
+def test_positions_in_the_data_are_those_of_the_grammar(prepared):
+    """Any piece of the stream, whole documents and parts: what data.prepare wrote is what reading the tokens gives."""
+    stream, grammar = Stream(prepared, "train", syntax=True), load_tokenizer(prepared).grammar
+    whole = []
+    for begin, end in zip(stream.documents, stream.documents[1:], strict=False):
+        whole.append(grammar.positions(grammar.walk([stream.read(begin, end - begin)]).states)[0])
     whole, rng = np.concatenate(whole), np.random.default_rng(0)
+    assert stream.syntax[0].dtype == np.uint16 and (whole < np.array(grammar.sizes)).all()
     starts = rng.integers(0, len(whole) - 1, 50)
     pieces = [(int(a), int(rng.integers(a + 1, min(a + 600, len(whole)) + 1))) for a in starts]
     pieces += [(0, len(whole)), (int(stream.documents[3]), int(stream.documents[4]))]
-    for (start, end), states in zip(pieces, stream.states(pieces), strict=True):
-        assert np.array_equal(states, whole[start:end])
+    for start, end in pieces:
+        assert np.array_equal(stream.read_syntax(start, end - start), whole[start:end])
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -151,14 +153,14 @@ def test_two_processes_give_the_losses_of_one(prepared, finished, tmp_path):
 
 def test_z_loss_adds_the_square_of_the_denominators_logarithm(prepared, tmp_path):
     settings = replace(config(prepared, tmp_path), vocab=300)
-    stream, cpu = Stream(prepared, "train", load_tokenizer(prepared).grammar), torch.device("cpu")
-    rows, grads = stream.rows(256)[:4], []
+    stream, cpu = Stream(prepared, "train", syntax=False), torch.device("cpu")
+    rows, grads = stream.row_starts(256)[:4], []
     for z_loss in (0.0, 0.3):
         model = fresh(replace(settings, z_loss=z_loss))
-        module.backward(model, stream, rows, 2, replace(settings, syntax=False, z_loss=z_loss), cpu)
+        module.backward(model, stream, rows, 2, replace(settings, z_loss=z_loss), cpu)
         grads.append(model.lm_head.weight.grad)
     model = fresh(settings)
-    x, where, _ = module.batch_of(stream, rows, 256, False, cpu)
+    x, where, _ = module.batch_of(stream, rows, 256, cpu)
     (0.3 * model(x, where).logsumexp(-1).square().mean()).backward()
     torch.testing.assert_close(grads[1] - grads[0], model.lm_head.weight.grad, rtol=1e-3, atol=1e-6)
 
@@ -219,9 +221,9 @@ def test_too_little_data_is_refused(prepared, tmp_path):
 
 def test_every_preset_has_a_plan():
     for name in CONFIGS:
-        text = module.plan(parse(["--config", name])[0])
+        text = plan.plan(parse(["--config", name])[0])
         assert 6 <= len(text.splitlines()) <= 9 and "nan" not in text
-    text = module.plan(CONFIGS["7b"])
+    text = plan.plan(CONFIGS["7b"])
     assert "6,478,893,056 parameters; 58.2 GFLOP a token" in text
 
 
@@ -241,7 +243,7 @@ def test_planned_activations_are_those_that_autograd_keeps(shape):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = module.cross_entropy(model(torch.zeros(2, 256, dtype=torch.long)), torch.zeros(2, 256, dtype=torch.long))
     assert loss > 0
-    assert module.activations(settings, 4) == pytest.approx(sum(kept.values()), rel=0.1)
+    assert plan.activations(settings, 4) == pytest.approx(sum(kept.values()), rel=0.1)
 
 
 class Held(TorchDispatchMode):
@@ -293,8 +295,8 @@ def test_planned_memory_is_what_a_step_takes(name, gpus, passes, change, monkeyp
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         mesh = dist.init_device_mesh("cpu", (gpus,))
-        monkeypatch.setattr(module, "init_device_mesh", lambda *_: mesh)
-        monkeypatch.setattr(module, "precision", lambda _: torch.bfloat16)
+        monkeypatch.setattr(processes, "init_device_mesh", lambda *_: mesh)
+        monkeypatch.setattr(processes, "precision", lambda _: torch.bfloat16)
         monkeypatch.setattr(torch.nn.functional, "rms_norm", FusedNorm.apply)
         with FakeTensorMode():
             x = torch.zeros(settings.micro, settings.context, dtype=torch.long)
@@ -304,8 +306,8 @@ def test_planned_memory_is_what_a_step_takes(name, gpus, passes, change, monkeyp
                 module.backward(model, None, rows, settings.micro, settings, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
-    plan, (_, block) = module.memory_plan(settings, gpus), module.count(settings)
-    planned = plan["in all"] - plan["moments"]  # there is no optimizer here
+    parts, (_, block) = plan.memory_plan(settings, gpus), plan.count(settings)
+    planned = parts["in all"] - parts["moments"]  # there is no optimizer here
     assert held.most < planned
     assert held.most == pytest.approx(planned - 8 * block, rel=0.15)
 
@@ -317,7 +319,7 @@ def test_planned_memory_is_what_a_step_takes(name, gpus, passes, change, monkeyp
         (["--layers", "three"], "invalid int value: 'three'"),
         (["--config", "huge"], "invalid choice: 'huge'"),
         (["--heads", "7"], "each must divide the one before"),
-        (["--batch", "0"], "must be above 0"),
+        (["--batch", "0"], "choose a number above 0"),
         (["--batch", "8", "--micro", "3"], "does not divide into"),
     ],
 )
@@ -328,7 +330,7 @@ def test_mistakes_end_in_one_sentence(arguments, message, prepared, tmp_path):
 
 def test_every_field_is_read_and_explained():
     """A field that nothing reads is a flag that does nothing."""
-    source = "".join((ROOT / name).read_text() for name in ("train.py", "model.py"))
+    source = "".join((ROOT / name).read_text() for name in ("train.py", "model.py", "plumbing/checkpoint.py"))
     text = command("train.py", "--help").stdout
     for field in fields(Config):
         assert f"config.{field.name}" in source, field.name
@@ -345,53 +347,3 @@ def test_presets_have_the_papers_and_llamas_sizes():
     assert sizes["7b"] == 6_478_893_056
     assert 9e7 < sizes["base"] < 1.1e8 and 9e8 < sizes["1b"] < 1.1e9
     assert 1.2e10 < sizes["13b"] < 1.35e10 and 6.5e10 < sizes["70b"] < 7e10
-
-
-# --- sample.py on a run ---------------------------------------------------------------------------------------------
-
-
-def test_samples_are_counted_written_and_continued(finished, tmp_path):
-    result = command("sample.py", finished, "--count", 5, "--to", tmp_path / "s")
-    assert result.returncode == 0 and "of 5 are whole valid files" in result.stdout, result.stderr
-    first = {path.name: path.read_bytes() for path in (tmp_path / "s").glob("*.jpg")}
-    assert len(first) == 5 and (tmp_path / "s" / "grid.png").exists()
-    (tmp_path / "s" / "00003.jpg").unlink()
-    command("sample.py", finished, "--count", 5, "--to", tmp_path / "s", "--batch", 1)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "s").glob("*.jpg")} == first
-    result = command("sample.py", finished, "--count", 5, "--to", tmp_path / "s", "--seed", 1)
-    assert result.returncode == 2 and "seed: 0, now 1" in result.stderr
-
-
-def test_completions_keep_the_top_of_the_picture(finished, photos, tmp_path):
-    result = command("sample.py", finished, "--prompt", photos / "class0", "--keep", 0, 0.5, "--to", tmp_path / "c")
-    assert result.returncode == 0, result.stderr
-    codec = load_tokenizer(finished).codec
-    picture = codec.encode(np.asarray(Image.open(sorted((photos / "class0").iterdir())[0])))
-    written = (tmp_path / "c" / "keep_0.5" / "00000.jpg").read_bytes()
-    assert codec.file(codec.head(picture, 0.5))[:-2] == written[: len(codec.file(codec.head(picture, 0.5))) - 2]
-    roundtrip = Image.open(tmp_path / "c" / "roundtrip" / "00000.jpg")
-    assert np.array_equal(np.asarray(roundtrip), codec.decode(picture))
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--prompt", "nothing.png"], "no usable picture"),
-        (["--temperature", "-1"], "at least 0"),
-        (["--prompt", "PHOTO", "--keep", "1"], "below 1"),
-        (["--top-q", "1"], "did you mean --top-p?"),
-    ],
-)
-def test_mistakes_in_sampling_end_in_one_sentence(arguments, message, finished, photos, tmp_path):
-    arguments = [str(next((photos / "class1").iterdir())) if a == "PHOTO" else a for a in arguments]
-    with pytest.raises(UserError, match=message):
-        sample.main([str(finished), "--to", str(tmp_path / "s"), *arguments])
-
-
-def test_a_command_refuses_with_exit_code_2_and_one_sentence(finished, tmp_path):
-    for arguments in (
-        ["sample.py", tmp_path, "--count", 1],
-        ["train.py", "--data", tmp_path, "--out", tmp_path / "run"],
-    ):
-        result = command(*arguments)
-        assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
