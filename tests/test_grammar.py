@@ -173,19 +173,6 @@ def test_mutants_are_judged_as_check_judges():
     assert rejected > 4000
 
 
-@pytest.mark.skipif(not shutil.which("djpeg"), reason="djpeg of libjpeg-turbo-progs is not installed")
-def test_mutants_that_djpeg_warns_of_are_rejected():
-    rng, codec, mutants = np.random.default_rng(1), JPEG(), []
-    for i in range(500):
-        mutants.append(codec.encode(picture(i, 64)).copy())
-        mutants[-1][rng.integers(len(mutants[-1]))] ^= rng.integers(1, 256)
-    with ThreadPoolExecutor(4) as pool:
-        warned = np.array([bool(run.returncode) for run in pool.map(lambda mutant: strict(codec, mutant), mutants)])
-    tokens = tokens_of(codec)
-    assert warned.sum() > 200
-    assert not accepted(tokens.grammar, [tokens.encode([mutant])[0] for mutant in mutants])[warned].any()
-
-
 def test_a_wrong_rule_about_the_last_coefficient_is_seen(monkeypatch):
     """Parser and automaton share no code: if the automaton lets a block run over its last coefficient, it accepts files
     that the parser does not."""
