@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from codec import JPEG, Tokenizer, foreign_encoder, load_tokenizer, save_tokenizer
+from codec import JPEG, Pixels, Tokenizer, foreign_encoder, load_tokenizer, save_tokenizer
 from data.pairs import learn_pairs
 from plumbing.command import UserError
 
@@ -198,3 +198,49 @@ def test_a_codec_json_that_is_not_ours_is_refused(tmp_path):
         (tmp_path / "codec.json").write_text(text)
         with pytest.raises(UserError, match="not a codec.json|codec.json (cannot be read|holds no)"):
             load_tokenizer(tmp_path)
+
+
+# --- pixels ---------------------------------------------------------------------------------------------------------
+
+
+def few_colours(pictures: list[np.ndarray], size: int) -> list[np.ndarray]:
+    return [resized(picture, size) // 64 * 64 for picture in pictures]
+
+
+@pytest.mark.parametrize("colours", [0, 512])
+def test_pixels_of_few_colours_come_back_as_they_were(colours, pictures):
+    """A palette holds all colours where they are few; without one, nothing is lost anyway."""
+    sample = few_colours(pictures, 12)
+    codec = Pixels(size=12, colours=colours).learn(iter(sample))
+    for pixels in sample:
+        symbols = codec.encode(pixels)
+        assert np.array_equal(codec.decode(symbols), pixels) and codec.check(symbols) is None
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(codec.file(symbols)))), pixels)
+        head = codec.head(symbols, 0.25)
+        assert np.array_equal(codec.decode(head)[:3], pixels[:3]) and (codec.decode(head)[3:] == 128).all()
+
+
+def test_a_palette_is_near_to_the_pixels_and_the_same_each_time(pictures):
+    sample = [resized(picture, 16) for picture in pictures]
+    codec = Pixels(size=16, colours=64).learn(iter(sample))
+    assert codec == Pixels(size=16, colours=64).learn(iter(sample)) and len(codec.palette) <= 64
+    assert "palette" not in codec.settings
+    for pixels in sample:
+        every = np.abs(pixels.reshape(-1, 1, 3).astype(int) - np.array(codec.palette))
+        nearest = (every**2).sum(-1).min(-1)
+        found = ((codec.decode(codec.encode(pixels)).astype(int) - pixels) ** 2).sum(-1).reshape(-1)
+        assert np.array_equal(found, nearest)
+
+
+@given(symbols=st.lists(st.integers(0, 70), max_size=300))
+def test_any_symbols_decode_to_pixels_of_the_right_size(symbols):
+    for codec in (Pixels(size=8, colours=0), Pixels(size=8, colours=4, palette=((1, 2, 3), (4, 5, 6)))):
+        assert codec.decode(np.array(symbols, Tokenizer(codec).dtype)).shape == (8, 8, 3)
+
+
+def test_a_learned_palette_travels_in_codec_json(tmp_path, pictures):
+    codec = Pixels(size=12, colours=16).learn(iter(few_colours(pictures, 12)))
+    save_tokenizer(tmp_path, Tokenizer(codec))
+    assert load_tokenizer(tmp_path) == Tokenizer(codec)
+    other = Pixels(size=12, colours=16, palette=codec.palette[:-1] + ((1, 1, 1),))
+    assert Tokenizer(other).hash != Tokenizer(codec).hash

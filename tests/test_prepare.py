@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from codec import JPEG, load_tokenizer
+from codec import JPEG, Pixels, load_tokenizer
 from data import prepare as module
 from data import shapes
 from data.pairs import learn_pairs
@@ -55,6 +55,32 @@ def test_the_result_does_not_depend_on_the_workers(photos, prepared, tmp_path, m
     monkeypatch.setattr(module, "TASK", 7)
     prepare(photos, tmp_path / "two", JPEG(size=32), vocab=300, validation=0.1, workers=2)
     assert contents(tmp_path / "two") == contents(prepared)
+
+
+@pytest.mark.parametrize("codec", [Pixels(size=16, colours=32), JPEG(size=32, restart=2)])
+def test_other_codecs_do_not_depend_on_the_workers_either(codec, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART", 16)
+    for workers in (1, 2):
+        prepare(photos, tmp_path / str(workers), codec, vocab=None, validation=0.1, workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert all(
+        load_tokenizer(tmp_path / "1").codec.check(document) is None for document in documents(tmp_path / "1", "val")
+    )
+
+
+def test_all_documents_of_a_file_are_on_one_side_of_the_split(photos, tmp_path, monkeypatch):
+    """A file may give several documents, as the clips of a video: here four, the file's number written into them."""
+
+    def four(item, codec, notes):
+        for _ in range(4):
+            yield np.full(codec.shape, int(item.name.split("/")[1].split(".")[0]) * 4, np.uint8)
+
+    monkeypatch.setitem(module.READERS, 3, four)
+    codec = Pixels(size=4, colours=0)
+    prepare(photos, tmp_path / "out", codec, vocab=None, validation=0.1, workers=1)
+    files = {split: [int(document[0]) for document in documents(tmp_path / "out", split)] for split in ("train", "val")}
+    assert len(files["val"]) == 24 and len(set(files["val"])) == 6
+    assert len(files["train"]) == 216 and not set(files["train"]) & set(files["val"])
 
 
 def test_tar_shards_give_what_their_files_give(photos, tmp_path):
