@@ -372,7 +372,7 @@ def test_memory_grows_by_the_features_alone(tmp_path):
 @pytest.fixture
 def completed(tmp_path) -> Path:
     """What sample.py leaves behind, with other things beside."""
-    drawn = {"count": 6, "seed": 3, "temperature": 1.0, "top_k": 0, "top_p": 0.9}
+    drawn = {"seed": 3, "temperature": 1.0, "top_k": 0, "top_p": 0.9}
     for seed, name in enumerate(("originals", "roundtrip", "keep_0.25", "keep_0.5", "keep_1e-05", "keep_1")):
         path = folder(tmp_path / "c" / name, seed=seed)
         (path / "samples.json").write_text(json.dumps(drawn))
@@ -412,7 +412,7 @@ def test_completions_are_compared_with_the_originals_at_each_ratio(completed, we
         ('{"count": 6', "cannot be read"),
         ("[]", "holds no JSON object"),
         ('{"count": 6}', "has no number seed"),
-        ('{"count": "six"}', "has no number count"),
+        ('{"seed": "six"}', "has no number seed"),
     ],
 )
 def test_settings_beside_completions_that_are_absent_or_damaged_are_named(content, said, completed, capsys):
