@@ -35,7 +35,7 @@ class Flags(argparse.ArgumentParser):
         flags, unknown = self.parse_known_args(arguments)
         if unknown:
             known = [name for name in self._option_string_actions if name.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, 0)
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
             self.error(f"unknown argument {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
         return flags
 
