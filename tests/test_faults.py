@@ -472,10 +472,10 @@ for step, (rank, function) in enumerate([(1, "write_safetensors"), (0, "save_tok
         saver.save(model, optimizer, step, config, tokens)
         saver.wait()
     except UserError as error:
-        print("said", error, flush=True)
+        print(f"said {error}\\n", end="", flush=True)  # in one piece, for the other prints too
     setattr(checkpoint, function, real)
     processes.barrier()
-    print(sorted(path.name for path in out.iterdir()), flush=True)
+    print(f"{sorted(path.name for path in out.iterdir())}\\n", end="", flush=True)
     processes.barrier()
 """
 
