@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
@@ -60,7 +60,7 @@ def pool_of(count: int) -> Iterator[Executor | None]:
     """A pool of so many processes; None for one, which needs no other."""
     advice = "the same command continues: close what takes memory, or pass --workers 1"
     try:
-        with ProcessPoolExecutor(count) if count > 1 else NoPool() as pool:
+        with ProcessPoolExecutor(count) if count > 1 else nullcontext() as pool:
             yield pool
     except BrokenProcessPool:
         raise UserError(f"a worker process was killed, perhaps for want of memory; {advice}") from None
@@ -68,16 +68,6 @@ def pool_of(count: int) -> Iterator[Executor | None]:
         if isinstance(error, OSError) and error.filename:  # of a file, and not of what processes share
             raise
         raise UserError(f"no worker processes can be used here ({error}): pass --workers 1") from None
-
-
-class NoPool:
-    """Stands for a pool where there is none."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def in_order(pool: Executor | None, function: Callable, tasks: Iterable[tuple], ahead: int) -> Iterator:

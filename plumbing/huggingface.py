@@ -7,7 +7,6 @@ A sentencepiece tokenizer numbers its tokens otherwise than `codec.Tokenizer` do
 the head are put into our order once, when they are read, and nothing else has to know.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from codec import JPEG, Tokenizer, load_tokenizer, save_tokenizer
 from model import Llama, ModelConfig, empty, fill
 from plumbing.command import UserError
-from plumbing.files import read_json
+from plumbing.files import read_json, write_json
 from plumbing.weights import check_shapes, model_config, read_safetensors, write_safetensors
 
 NAMES = {  # theirs and ours
@@ -179,7 +178,7 @@ def write(folder: Path, model: Llama, tokens: Tokenizer) -> None:
         "eos_token_id": tokens.end,
         "torch_dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(theirs, indent=1) + "\n")
+    write_json(folder / "config.json", theirs)
     inside = {name: "" if name.startswith("lm_head") else "model." for name in model.state_dict()}
     write_safetensors(folder / "model.safetensors", {inside[n] + n: tensor for n, tensor in model.state_dict().items()})
     save_tokenizer(folder, tokens)

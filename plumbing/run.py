@@ -110,10 +110,9 @@ class Stop:
         """Whether any process was asked: all get the same answer, at the same step."""
         import torch
 
-        asked = torch.tensor(float(self.asked < math.inf), device=device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(asked)
-        return bool(asked)
+        from plumbing.processes import add_up
+
+        return bool(add_up(torch.tensor(float(self.asked < math.inf), device=device)))
 
 
 # --- which run it is ------------------------------------------------------------------------------------------------
