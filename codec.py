@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property, lru_cache
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Self
@@ -412,7 +413,13 @@ class Tokenizer:
 
 # --- codec.json: settings are typed once, in data.prepare, and travel with the data and the model -------------------
 
-CODECS = {kind.name: kind for kind in (JPEG, Pixels)}
+CODECS = {"jpeg": "codec.JPEG", "pixels": "codec.Pixels", "h264": "h264.H264"}
+
+
+def codec_named(name: str) -> type[Codec]:
+    """One of CODECS, of which each is imported when it is asked for.  Errors: KeyError."""
+    module, kind = CODECS[name].split(".")
+    return getattr(import_module(module), kind)
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -432,7 +439,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         merges = tuple((int(left), int(right)) for left, right in saved["merges"])
         made_by = str(saved["encoder"]), str(saved["fingerprint"])
-        codec = CODECS[saved["codec"]].load(path.parent, saved)
+        codec = codec_named(saved["codec"]).load(path.parent, saved)
         if not all(0 <= token < codec.symbols + i for i, pair in enumerate(merges) for token in pair):
             raise ValueError("a pair of tokens that are not there")
         return Tokenizer(codec, merges, made_by)

@@ -8,8 +8,10 @@ stands, which is hard to see in bytes: a Huffman code begins and ends anywhere w
 and counts something: a picture's blocks (`scan`, JPEG) or the symbols themselves (`counting`, pixels).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -247,3 +249,298 @@ def counting(symbols: int, shape: tuple[int, ...]) -> Table:
     away, advance = np.array([0, -1], np.int32), np.array(rules.advance, np.int32)
     local_syntax = np.zeros((2, len(shape)), np.int16)
     return Table((layer,), away, rules.cost(tail), advance, local_syntax, places.astype(np.int16), sizes)
+
+
+# --- readers: a generator a file ------------------------------------------------------------------------------------
+
+
+class Illegal(ValueError):
+    """What a reader raises at the first byte after which no legal file goes on."""
+
+
+@dataclass(slots=True)
+class Row:
+    """A file that is being read."""
+
+    reader: Any
+    asks: Any  # its generator, which waits for a byte
+    ask: tuple | None  # (node, where it stands in the syntax ..., zero bytes before) of that byte; None after the last
+    begun: bytearray  # what of the present unit was read
+    ended: bool = False  # by an end token
+
+    def push(self, byte: int) -> None:
+        """Read a byte.  Errors: Illegal, after which the row can only be read again."""
+        if self.ask is None:
+            raise Illegal("after the end")
+        place = self.reader.place
+        self.begun.append(byte)
+        try:
+            self.ask = self.asks.send(byte)
+        except StopIteration:
+            self.ask = None
+        if self.reader.place is not place:
+            self.begun.clear()
+
+
+class Seen(NamedTuple):
+    """States of Readers that can only be looked at: what was asked, by number, and the syntax positions."""
+
+    asks: np.ndarray  # (...) int32
+    positions: np.ndarray  # (..., F) int16
+
+    def __getitem__(self, index: object) -> "Seen":
+        return Seen(self.asks[index], self.positions[index])
+
+
+class Piece(NamedTuple):
+    """A whole unit: the states before each of its bytes, and the place after it."""
+
+    seen: Seen
+    after: object
+
+
+LONGEST_WAY = 128  # bytes that complete a unit, from wherever one stands in it, at most
+
+
+class Readers:
+    """A Grammar of formats that no table can hold: each file has a reader, which dies where no legal file goes on.
+
+    `make()` gives a reader of files that are a row of units, each of which can be read again from its place on:
+    `stream(place)` is a generator that asks for bytes.  It yields (node, ..., zeros), what the byte goes on with and
+    where that stands, as small integers; `node.open()` (256,) are the bytes that may be next.  `place` is where the
+    present unit begins, None after the last; `at` are its numbers, which are positions too.  `way(place, begun)` gives
+    the bytes of a short way to complete a unit, and the place after it; `pieces(data)` cuts bytes into what may be
+    units.  A row whose token is refused is set back by reading its unit again.
+    """
+
+    def __init__(self, make: Callable, sizes: tuple[int, ...], merges: Sequence = (), device: object = None):
+        self.make, self.sizes, self.merges, self.device, self.guide = make, sizes, merges, device, make()
+        self.expansions = [bytes([symbol]) for symbol in range(256)]
+        for left, right in merges:
+            self.expansions.append(self.expansions[left] + self.expansions[right])
+        self.start = len(self.expansions)  # the start token; then comes the end
+        self.trie: dict[int, list] = {}  # of expansions: by byte the token that ends there, and what may follow
+        for token, expansion in enumerate(self.expansions):
+            branch = self.trie
+            for byte in expansion[:-1]:
+                branch = branch.setdefault(byte, [None, {}])[1]
+            branch.setdefault(expansion[-1], [None, {}])[0] = token
+        self.first = np.array([expansion[0] for expansion in self.expansions])
+        self.lengths = np.array([*map(len, self.expansions), 0, 0])
+        self.numbers: dict[tuple[int, int], int] = {}  # by node and zeros, of
+        self.legal: list[np.ndarray] = [np.zeros(256, bool)]  # (256,) the bytes that may be next: none after the last
+        self.tails: dict[object, int] = {None: 1}  # tokens from a place to the end of the file
+        self.spelled = lru_cache(1 << 15)(self.fewest_tokens)
+        self.piece = lru_cache(1 << 15)(self.read_piece)
+        self.exact = lru_cache(1 << 12)(self.exact_mask)
+
+    def to(self, device: object) -> "Readers":
+        return Readers(self.make, self.sizes, self.merges, device)
+
+    def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Readers":
+        return Readers(self.make, self.sizes, merges, self.device)
+
+    # what the contract asks for
+
+    def begin(self, count: int) -> list[Row]:
+        return [self.read_again(self.guide.place) for _ in range(count)]
+
+    def mask(self, states: list[Row] | Seen, room: int, exact: Sequence[int] = ()) -> Array:
+        """By the first byte of a token; of the rows `exact` by all of it."""
+        asks = states.asks if isinstance(states, Seen) else np.array([self.look(row)[0] for row in states])
+        found, which = np.unique(asks, return_inverse=True)
+        masks = np.ones((len(found), self.start + 2), bool)
+        masks[:, : self.start] = ~np.stack([self.legal[number] for number in found])[:, self.first]
+        masks[found == 0, -1] = False
+        masks = masks[which.reshape(asks.shape)]
+        for number in exact:
+            if (row := states[number]).ask is not None:
+                spare = min(room - self.tail(row.reader.place), LONGEST_WAY)
+                masks[number] = self.exact(row.reader.place, bytes(row.begun), spare)
+        return self.on_device(masks)
+
+    def accept(self, states: list[Row], tokens: Array, room: int = FAR - 1) -> tuple[list[Row], list[int]]:
+        refused = []
+        for number, token in enumerate(tokens.tolist()):
+            row = states[number]
+            if row.ask is None and token == self.start + 1:
+                row.ended = True
+            elif row.ask is None or token >= self.start:
+                refused.append(number)
+            elif token >= 0:
+                place, begun = row.reader.place, bytes(row.begun)
+                if not self.read(row, self.expansions[token], room):
+                    refused.append(number)
+                    states[number] = self.read_again(place, begun)
+        return states, refused
+
+    def positions(self, states: list[Row] | Seen) -> Array:
+        if isinstance(states, Seen):
+            return states.positions
+        return self.on_device(np.array([self.look(row)[1] for row in states]))
+
+    def rest(self, states: list[Row]) -> Array:
+        return np.array([self.tokens_to_end(row) for row in states])
+
+    def walk(self, documents: Sequence[np.ndarray]) -> Walk:
+        longest, fields = max(map(len, documents)), len(self.sizes)
+        asks = np.zeros((len(documents), longest), np.int32)
+        positions = np.zeros((len(documents), longest, fields), np.int16)
+        illegal, rest = [], []
+        for number, tokens in enumerate(documents):
+            data = b"".join(self.expansions[token] for token in tokens.tolist() if token < self.start)
+            seen, row = self.read_file(data)
+            ends = np.cumsum(self.lengths[tokens])  # bytes after each token
+            known = len(seen.asks) - 1
+            wrong = (ends > known) | (tokens == self.start) | (tokens == self.start + 1) & (seen.asks[-1] > 0)
+            wrong[0] = False  # the start
+            row.ended = tokens[-1] == self.start + 1
+            asks[number, : len(tokens)] = seen.asks[np.minimum(ends, known)]
+            positions[number, : len(tokens)] = seen.positions[np.minimum(ends, known)]
+            illegal.append(int(wrong.argmax()) if wrong.any() else len(tokens))
+            rest.append(self.tokens_to_end(row))
+        return Walk(Seen(asks, positions), np.array(illegal), np.array(rest))
+
+    # reading
+
+    def read_again(self, place: object, begun: bytes = b"") -> Row:
+        """A row that has read so much of the unit at a place."""
+        reader = self.make()
+        asks = reader.stream(place)
+        row = Row(reader, asks, next(asks, None), bytearray())
+        for byte in begun:
+            row.push(byte)
+        return row
+
+    def read(self, row: Row, data: bytes, room: int) -> bool:
+        """Whether a row could read bytes, and can end within `room` tokens; if not, it must be read again."""
+        try:
+            for byte in data:
+                row.push(byte)
+        except Illegal:
+            return False
+        if row.ask is not None and row.ask[-1] != 3 and self.tail(row.reader.place) + LONGEST_WAY <= room:
+            return True
+        return self.tokens_to_end(row) <= room
+
+    def read_file(self, data: bytes) -> tuple[Seen, Row]:
+        """The states before each legal byte and after the last, and the row that has read them."""
+        place, pieces, at = self.guide.place, [], 0
+        for unit in self.guide.pieces(data):
+            if place is None or (piece := self.piece(place, unit)) is None:
+                break
+            pieces.append(piece.seen)
+            place, at = piece.after, at + len(unit)
+        row = self.read_again(place)
+        looks = [self.look(row)]
+        with suppress(Illegal):
+            for byte in data[at:]:
+                row.push(byte)
+                looks.append(self.look(row))
+        return Seen(*map(np.concatenate, zip(*pieces, together(looks), strict=True))), row
+
+    def read_piece(self, place: object, unit: bytes) -> Piece | None:
+        """A whole unit; None where it is not."""
+        row, looks = self.read_again(place), []
+        try:
+            for byte in unit:
+                looks.append(self.look(row))
+                row.push(byte)
+        except Illegal:
+            return None
+        return None if row.begun else Piece(together(looks), row.reader.place)
+
+    def look(self, row: Row) -> tuple[int, tuple[int, ...]]:
+        """The number of what a row asks for, and its syntax positions, which are zeros after the last byte."""
+        if row.ask is None:
+            return 0, (0,) * len(self.sizes)
+        node, *where = row.ask
+        return self.number(node, where[-1]), (node.id + 1, *where, *row.reader.at)
+
+    def number(self, node: object, zeros: int) -> int:
+        """Of the bytes that a node leaves open after so many zeros, which are noted where they are new."""
+        if (known := self.numbers.get((id(node), zeros))) is None:
+            legal = node.open()
+            legal[4 if zeros == 3 else 256 :] = False  # what was escaped
+            legal[: 3 if zeros == 2 else 0] = False  # what must be escaped ...
+            legal[3] |= zeros == 2  # ... by this
+            known = self.numbers[id(node), zeros] = len(self.legal)
+            self.legal.append(legal)
+        return known
+
+    # the way to the end, in tokens
+
+    def tokens_to_end(self, row: Row) -> int:
+        """Tokens of a short way to the end of the file; too many where a row cannot go on."""
+        if row.ask is None:
+            return 1 - row.ended
+        place, begun = row.reader.place, bytes(row.begun)
+        if row.ask[-1] != 3:
+            return self.tokens_by(*self.guide.way(place, begun))
+        for byte in range(4):  # one of these is due, but none may be legal
+            with suppress(Illegal):
+                self.read_again(place, begun + bytes([byte]))
+                way, after = self.guide.way(place, begun + bytes([byte]))
+                return self.tokens_by(bytes([byte]) + way, after)
+        return 2 * FAR
+
+    def tokens_by(self, way: bytes, after: object) -> int:
+        return self.spelled(way) + self.tail(after)
+
+    def tail(self, place: object) -> int:
+        """Tokens of the shortest units from a place to the end of the file, and of the end."""
+        units = []
+        while place not in self.tails:
+            way, after = self.guide.way(place, b"")
+            units.append((place, self.spelled(way)))
+            place = after
+        tokens = self.tails[place]
+        for begun, more in reversed(units):
+            tokens += more
+            self.tails[begun] = tokens
+        return tokens
+
+    def fewest_tokens(self, data: bytes) -> int:
+        """That spell bytes.  Of what is left after the first of them it is one less, so the way ends as promised."""
+        fewest = [0] * (len(data) + 1)
+        for at in range(len(data) - 1, -1, -1):
+            branch, fewest[at] = self.trie, 1 + fewest[at + 1]
+            for end in range(at, len(data)):
+                if data[end] not in branch:
+                    break
+                token, branch = branch[data[end]]
+                if token is not None:
+                    fewest[at] = min(fewest[at], 1 + fewest[end + 1])
+        return fewest[0]
+
+    def exact_mask(self, place: object, begun: bytes, spare: int) -> np.ndarray:
+        """(vocab,) True for the tokens that are illegal, or leave no way to the end within `spare` more tokens than the
+        shortest units from the place on take."""
+        mask = np.ones(self.start + 2, bool)
+        room = self.tail(place) + spare if spare < LONGEST_WAY else FAR - 1
+
+        def descend(row: Row, branch: dict[int, list]) -> None:
+            legal = self.legal[self.look(row)[0]]
+            for byte, (token, below) in branch.items():
+                if not legal[byte]:
+                    continue
+                after = self.read_again(row.reader.place, row.begun)
+                if self.read(after, bytes([byte]), FAR - 1):
+                    if token is not None:
+                        mask[token] = self.tokens_to_end(after) > room
+                    descend(after, below)
+
+        descend(self.read_again(place, begun), self.trie)
+        return mask
+
+    def on_device(self, array: np.ndarray) -> Array:
+        if self.device is None:
+            return array
+        import torch  # data preparation does without it
+
+        return torch.from_numpy(array).to(self.device)
+
+
+def together(looks: list[tuple[int, tuple[int, ...]]]) -> Seen:
+    asks, positions = zip(*looks, strict=True)
+    return Seen(np.array(asks, np.int32), np.array(positions, np.int16))

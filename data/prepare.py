@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from codec import CODECS, JPEG, Codec, Tokenizer, save_tokenizer
+from codec import CODECS, JPEG, Codec, Tokenizer, codec_named, save_tokenizer
 from data import pictures
 from data.pairs import learn_pairs
 from data.sources import Item, Unusable, find_items
@@ -352,7 +352,8 @@ def counted(skipped: Counter[str], files: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--codec")
-    kind = CODECS.get(first.parse_known_args(arguments)[0].codec, JPEG)
+    asked = first.parse_known_args(arguments)[0].codec
+    kind = codec_named(asked if asked in CODECS else JPEG.name)
     parser = Flags(description=__doc__)
     parser.add_argument("source", type=Path, help="folder of files, of folders of files, or of .tar files of files")
     parser.add_argument("out", type=Path, help="data folder to write")
