@@ -31,14 +31,14 @@ import numpy as np
 from tqdm import tqdm
 
 from codec import CODECS, JPEG, Codec, Tokenizer, save_tokenizer
-from data import pictures
+from data import clips, pictures
 from data.pairs import learn_pairs
 from data.sources import Item, Unusable, find_items
 from plumbing.command import Flags, UserError, differences, run
 from plumbing.files import digest, read_json, write_json, write_whole
 from plumbing.run import claim
 
-READERS = {3: pictures.read}  # of source files to pixels, by the number of dimensions of a codec's shape
+READERS = {3: pictures.read, 4: clips.read}  # of source files to pixels, by the number of dimensions of a codec's shape
 PART = 8192  # files: what an interruption loses at most
 TASK = 64  # files that a worker takes at once
 MOST_WORKERS = 1024  # they are started all at once
