@@ -31,14 +31,14 @@ import numpy as np
 from tqdm import tqdm
 
 from codec import CODECS, JPEG, Codec, Tokenizer, codec_named, save_tokenizer
-from data import pictures
+from data import clips, pictures
 from data.pairs import learn_pairs
 from data.sources import Item, Unusable, find_items
 from plumbing.command import Flags, UserError, differences, run
 from plumbing.files import digest, read_json, write_json, write_whole
 from plumbing.run import claim
 
-READERS = {3: pictures.read}  # of source files to pixels, by the number of dimensions of a codec's shape
+READERS = {3: pictures.read, 4: clips.read}  # of source files to pixels, by the number of dimensions of a codec's shape
 PART = 8192  # files: what an interruption loses at most
 TASK = 64  # files that a worker takes at once
 MOST_WORKERS = 1024  # they are started all at once
@@ -212,7 +212,7 @@ def syntax_of(tokenizer: Tokenizer, documents: list[np.ndarray], stream: np.ndar
     grammar = plain.grammar
     dtype = np.uint8 if max(grammar.sizes) <= 256 else np.uint16
     found = [None] * len(documents)
-    for numbers in chunks(sorted(range(len(documents)), key=lambda i: len(documents[i])), 2048):  # alike in length
+    for numbers in alike(documents):
         whole = [np.concatenate([[plain.start], documents[i], [plain.end]]) for i in numbers]
         walked = grammar.walk(whole)
         assert walked.illegal.tolist() == [len(document) for document in whole], "the encoder has left the grammar"

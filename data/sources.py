@@ -24,6 +24,7 @@ DAMAGED, TRUNCATED = "damaged .tar header", "truncated .tar"
 LINK = "link inside a .tar: pack the files that links point to (tar -h --hard-dereference)"
 SPARSE = "sparse file inside a .tar: pack it without -S"
 SPECIAL = "no regular file (pipe or socket or device)"
+VIDEO = "video: prepare it with --codec h264, or save its frames first"
 
 FOREIGN = [  # what a file is and what to do, and how it begins
     ("gzip (like .tar.gz): unpack it first", rb"\x1f\x8b"),
@@ -40,11 +41,8 @@ FOREIGN = [  # what a file is and what to do, and how it begins
     ("PDF: convert its pages to PNG first", rb"%PDF-"),
     ("PostScript: convert to PNG first", rb"%!PS|\xc5\xd0\xd3\xc6"),
     ("SVG: convert to PNG first", rb"\s*(\xef\xbb\xbf)?\s*<(svg|[?!].{,1000}<svg)"),
-    (
-        "video: save frames as JPEG or PNG first",
-        rb".{4}(ftyp|moov|mdat|wide)|\x1a\x45\xdf\xa3|RIFF.{4}AVI |FLV\x01|OggS",
-    ),
-    ("video: save frames as JPEG or PNG first", rb"\0\0\0?\x01[\xb3\xba\x67\x09]|G(.{187}G){3}|\x30\x26\xb2\x75"),
+    (VIDEO, rb".{4}(ftyp|moov|mdat|wide)|\x1a\x45\xdf\xa3|RIFF.{4}AVI |FLV\x01|OggS"),
+    (VIDEO, rb"\0\0\0?\x01[\xb3\xba\x67\x09]|G(.{187}G){3}|\x30\x26\xb2\x75"),
 ]
 
 
