@@ -44,7 +44,8 @@ class Codec:
     suffix: ClassVar[str]  # of the files it writes
     symbols: int  # all symbols are below this
     vocab: int  # tokens that data.prepare learns if not told otherwise
-    shape: tuple[int, ...]  # of the pixels: (H, W, 3)
+    shape: tuple[int, ...]  # of the pixels: (H, W, 3), or of a clip (T, H, W, 3),
+    fps: float = 0  # which plays at so many frames a second
     parts: int  # rows that follow one another in a file, between which `head` can cut,
     part: ClassVar[str]  # and what they are
 

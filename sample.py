@@ -173,18 +173,18 @@ def refuse_others(folder: Path, settings: dict[str, object]) -> None:
         raise UserError(f"{folder} holds other samples ({changed}): choose another with --to, or delete this one")
 
 
-def write(folder: Path, model: Llama, tokenizer: Tokenizer, prompts: list, settings: dict, batch: int) -> int:
-    """Complete the prompts (symbols), write the files that are not there yet, and count the valid ones."""
-    codec, invalid = tokenizer.codec, folder / "invalid.txt"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:05d}{codec.suffix}" for i in range(len(prompts))]
+def write(to: Path, model: Llama, tokenizer: Tokenizer, kept: float, prompts: list, settings: dict, batch: int) -> int:
+    """Complete prompts (symbols of the share `kept`), write the files that are not there, and count the valid ones."""
+    codec, invalid = tokenizer.codec, to / "invalid.txt"
+    to.mkdir(parents=True, exist_ok=True)
+    paths = [to / f"{i:05d}{codec.suffix}" for i in range(len(prompts))]
     waiting = [i for i, path in enumerate(paths) if not path.exists()]
     sampling = Sampling(**{each.name: settings[each.name] for each in fields(Sampling)})
-    with tqdm(None, str(folder), len(paths), initial=len(paths) - len(waiting), unit=" files", disable=None) as bar:
+    with tqdm(None, str(to), len(paths), initial=len(paths) - len(waiting), unit=" files", disable=None) as bar:
         for numbers in chunks(waiting, batch):
             begun = [tokenizer.encode([prompts[i]])[0][:-1] for i in numbers]  # all but the end
             rows = generate(model, tokenizer, begun, [(settings["seed"], i) for i in numbers], sampling)
-            write_json(folder / "samples.json", settings)  # now that there is something to note
+            write_json(to / "samples.json", settings)  # now that there is something to note
             for i, row in zip(numbers, rows, strict=True):
                 symbols = tokenizer.decode(row)
                 if wrong := codec.check(symbols):
@@ -192,7 +192,8 @@ def write(folder: Path, model: Llama, tokenizer: Tokenizer, prompts: list, setti
                         file.write(f"{paths[i].name}\t{wrong}\n")
                 write_whole(paths[i], codec.file(symbols))
                 bar.update()
-    save_grid(folder / "grid", [next(read(Item(str(path), 0, -1, path.name), codec, Counter())) for path in paths[:64]])
+    shown = [next(read(Item(str(path), 0, -1, path.name), codec, Counter())) for path in paths[:64]]
+    save_grid(to / "grid", shown, codec.fps, kept)
     lines = invalid.read_text(errors="replace").splitlines() if invalid.exists() else []
     return len(paths) - len({line.split("\t")[0] for line in lines} & {path.name for path in paths})
 
@@ -210,8 +211,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Sampl
     parser.add_fields(Sampling())
     flags = parser.parse(arguments)
     for name, least, most in (("count", 1, 10**9), ("batch", 1, 10**6), ("seed", 0, 2**63 - 1)):
-        value = getattr(flags, name)
-        if value is not None and not least <= value <= most:
+        if (value := getattr(flags, name)) is not None and not least <= value <= most:
             raise UserError(f"--{name} is {value}: choose {least} to {most}")
     if not all(0 <= keep < 1 for keep in flags.keep):
         raise UserError(f"--keep is {' '.join(map(str, flags.keep))}: choose from 0 to below 1")
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {"seed": flags.seed, **asdict(sampling), "codec": codec.settings}
     settings |= {"checkpoint": source.name, "weights": digest(held)[:16]}
     if flags.prompt is None:
-        jobs = {flags.to or flags.run / "samples": [np.empty(0, tokenizer.dtype)] * (flags.count or 64)}
+        jobs = {flags.to or flags.run / "samples": (0, [np.empty(0, tokenizer.dtype)] * (flags.count or 64))}
         refuse_others(*jobs, settings)
     else:
         if warning := foreign_encoder(tokenizer):
@@ -239,10 +239,10 @@ def main(arguments: list[str] | None = None) -> None:
             for keep in flags.keep:
                 if (kept := codec.kept(keep)) != keep:
                     print(f"note: of {keep:g}, the {codec.name} codec can keep {kept:g}")
-                refuse_others(to / f"keep_{kept:g}", settings)
-                jobs[to / f"keep_{kept:g}"] = [codec.head(prompt, kept) for prompt in prompts] * (flags.count or 1)
-    for folder, begun in jobs.items():
-        valid = write(folder, model, tokenizer, begun, settings, batch)
+                refuse_others(folder := to / f"keep_{kept:g}", settings)
+                jobs[folder] = kept, [codec.head(prompt, kept) for prompt in prompts] * (flags.count or 1)
+    for folder, (kept, begun) in jobs.items():
+        valid = write(folder, model, tokenizer, kept, begun, settings, batch)
         print(f"{folder}: {valid} of {len(begun)} are whole valid files")
 
 

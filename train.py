@@ -406,7 +406,7 @@ def recomputed(block: Block, *arguments: object) -> Tensor:
 
 
 def report(run: Run) -> None:
-    """Evaluate, log it, and draw: OUT/grids/STEP.png, what the model writes now, and OUT/loss.png."""
+    """Evaluate, log it, and draw: OUT/grids/STEP.png (of clips .webp too), what it writes now, and OUT/loss.png."""
     with torch.compiler.set_stance("force_eager"):  # lengths vary: compiling anew for each would take longer
         result = evaluate(run.model, run.val, run.tokenizer.grammar, run.config, run.device)
         run.log.write({"step": run.step, **{f"val_{name}": value for name, value in result.items()}})
@@ -415,7 +415,7 @@ def report(run: Run) -> None:
     if rank() == 0:
         out = Path(run.config.out)
         (out / "grids").mkdir(exist_ok=True)
-        save_grid(out / "grids" / f"{run.step:06d}", written)
+        save_grid(out / "grids" / f"{run.step:06d}", written, run.tokenizer.codec.fps)
         curves = {
             name: [(record["step"], record[key]) for record in run.log.records if record.get(key) is not None]
             for name, key in (("training", "bits_per_byte"), ("validation", "val_bits_per_byte"))

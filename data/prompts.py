@@ -31,7 +31,7 @@ def read_prompts(source: Path, codec: Codec, to: Path) -> list[np.ndarray]:
     for item in find_items(source) if source.is_dir() else [Item(str(source), 0, -1, source.name)]:
         try:
             for pixels in read(item, codec, Counter()):
-                save_pixels(to / "originals" / f"{len(found):05d}", pixels)
+                save_pixels(to / "originals" / f"{len(found):05d}", pixels, codec.fps)
                 found.append(codec.encode(pixels))
                 write_whole(to / "roundtrip" / f"{len(found) - 1:05d}{codec.suffix}", codec.file(found[-1]))
         except Unusable as reason:
