@@ -226,22 +226,23 @@ def video(file: Part, head: bytes) -> av.video.stream.VideoStream:
 def decoded(stream) -> Iterator[av.VideoFrame]:
     """The frames from the first that is whole to the first that is not.  Errors: Damage, FFmpegError."""
     whole = failed = False
-    for packet in stream.container.demux(stream):
-        try:
-            frames = packet.decode()
-        except av.FFmpegError as error:
-            if whole or isinstance(error, MemoryError):
-                raise
-            failed = True
-            continue
-        for frame in frames:
-            if frame.is_corrupt and whole:
+    with stream.container as container:
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:
+                if whole or isinstance(error, MemoryError):
+                    raise
+                failed = True
+                continue
+            for frame in frames:
+                if frame.is_corrupt and whole:
+                    raise Damage
+                whole = whole or not frame.is_corrupt
+                if whole:
+                    yield frame
+            if packet.is_corrupt and whole:
                 raise Damage
-            whole = whole or not frame.is_corrupt
-            if whole:
-                yield frame
-        if packet.is_corrupt and whole:
-            raise Damage
     if failed and not whole:
         raise Damage
 
