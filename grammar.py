@@ -40,7 +40,7 @@ class Grammar(Protocol):
 
     def to(self, device: object) -> "Grammar": ...  # the same, for states and tokens on a device of torch
     def begin(self, count: int) -> object: ...  # states of so many files, after their start token
-    def mask(self, states: object, room: int, exact: bool = False) -> Array: ...  # (B, vocab) True where illegal
+    def mask(self, states: object, room: int, exact: Sequence[int] = ()) -> Array: ...  # (B, vocab) True where illegal
     def accept(self, states: object, tokens: Array, room: int) -> tuple[object, Sequence[int]]: ...  # see below
     def positions(self, states: object) -> Array: ...  # (B, F) where in the syntax the next token stands
     def rest(self, states: object) -> Array: ...  # (B,) tokens to the end of the file, at most, by the shortest way
@@ -48,8 +48,8 @@ class Grammar(Protocol):
     def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Grammar": ...  # of symbols: the same, over pairs too
 
     # `accept` reads tokens (B,), -1 for none, where they are legal and leave a way to the end within `room`.  The other
-    # rows it leaves as they were, and names those whose token `mask` had left open: a mask that is not `exact` may know
-    # only some of what is illegal, and whoever draws bans what was refused and draws again.  States of a walk can be
+    # rows it leaves as they were, and names those whose token `mask` had left open: but for the rows `exact`, a mask may
+    # know only some of what is illegal, and whoever draws bans what was refused and draws again.  States of a walk can be
     # sliced like an array (B, T).
 
 
@@ -112,7 +112,7 @@ class Table:
         local = self.away[:1].repeat(count) * 0 + self.first  # on the device where the table lies
         return State(local, local * 0)
 
-    def mask(self, states: State, room: int, exact: bool = True) -> Array:
+    def mask(self, states: State, room: int, exact: Sequence[int] = ()) -> Array:
         legal = False
         for layer in self.layers:
             entry = layer[states.local]
@@ -363,11 +363,13 @@ class Readers:
         refused = []
         for number, token in enumerate(tokens.tolist()):
             row = states[number]
+            if token < 0:
+                continue
             if row.ask is None and token == self.start + 1:
                 row.ended = True
             elif row.ask is None or token >= self.start:
                 refused.append(number)
-            elif token >= 0:
+            else:
                 place, begun = row.reader.place, bytes(row.begun)
                 if not self.read(row, self.expansions[token], room):
                     refused.append(number)

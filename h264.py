@@ -386,7 +386,7 @@ def kind_of(unit: bytes) -> int:
     return unit[at] & 31 if (at := unit.index(1) + 1) < len(unit) else -1
 
 
-def answer(request: bytes) -> Iterator[bytes]:
+def answers(request: bytes) -> Iterator[bytes]:
     """What the process of `decode` does."""
     settings, data = request.split(b"\n", 1)
     yield H264(**json.loads(settings)).read(data).tobytes()

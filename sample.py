@@ -105,7 +105,7 @@ def draw(
         rows, tries = list(refused), tries + 1
         banned[rows, tokens[rows]] = True
         if tries == BANS:
-            banned[rows] = grammar.mask(states, room, exact=True)[rows]
+            banned[rows] = grammar.mask(states, room, exact=rows)[rows]
         again = torch.full_like(tokens, -1)  # which reads nothing
         again[rows] = choose(logits[rows].masked_fill(banned[rows], -math.inf), dice.more(rows), sampling)
         tokens[rows] = again[rows]

@@ -27,9 +27,9 @@ from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import data.shapes
 from codec import Tokenizer, load_tokenizer
 from data.prepare import chunks
+from data.shapes import BUILT_IN
 from data.stream import Stream
 from grammar import FAR, Grammar
 from model import Block, Llama, ModelConfig
@@ -58,7 +58,7 @@ from sample import Sampling, generate
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
-    data: str = "data/shapes"  # folder that data.prepare wrote; data/shapes is drawn if absent
+    data: str = "data/shapes"  # folder that data.prepare wrote; data/shapes and data/moving are drawn if absent
     out: str = ""  # run folder: checkpoints, log, samples; empty: out/CONFIG
     steps: int = 1800  # optimizer steps
     batch: int = 4  # rows of context tokens per step, over all processes
@@ -82,12 +82,14 @@ class Config(ModelConfig):
 
 
 SYNTAX = partial(Config, syntax=True)
+MOVING = partial(SYNTAX, data="data/moving", samples=16)
 PAPER = partial(Config, context=12_288, lr=3e-4, warmup=2000, steps=36_240, batch=512, micro=1, save_every=50)
 LARGE = partial(PAPER, samples=1, compile=True, recompute=True)
 LONG = {"steps": 20_000, "every": 1000}
 CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning rate are the paper's, the rest is ours
     "tiny":  SYNTAX(dim=64, layers=2, heads=2, kv_heads=2, hidden=176, context=512, steps=200, every=100, lr=3e-3),
     "small": SYNTAX(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, batch=2, lr=3e-3),
+    "video": MOVING(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1280, batch=2, lr=3e-3),
     "base":  SYNTAX(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, **LONG),
     "1b":    LARGE(dim=2048, layers=16, heads=32, kv_heads=8, hidden=8192),
     "7b":    LARGE(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),
@@ -261,8 +263,8 @@ def train(config: Config) -> None:
     """Train, or continue to train, into config.out.  Errors: UserError."""
     device = join()
     try:
-        if config.data == Config.data and rank() == 0 and not Path(config.data, "report.json").exists():
-            data.shapes.make(Path(config.data))
+        if config.data in BUILT_IN and rank() == 0 and not Path(config.data, "report.json").exists():
+            BUILT_IN[config.data](Path(config.data))
         barrier()
         with claim(Path(config.out)), Stop() as stop, Saver(Path(config.out)) as saver:
             loop(set_up(config, device), stop, saver)

@@ -33,7 +33,7 @@ ROUNDING = 0.0015  # seconds: where times are whole milliseconds, a difference i
 ANIMATION = re.compile(rb"GIF8|RIFF.{4}WEBP|\x89PNG.{,999}acTL", re.DOTALL)
 DAMAGED = "damaged"
 LEFT_OUT, DEINTERLACED = "damaged: the end left out", "deinterlaced"  # notes
-PRECISE = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+PRECISE = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 ITU601, ITU709, UNKNOWN = 5, 1, 2  # colour spaces
 CLIP, MORE = b"C", b""  # how an answer with pixels begins; an answer that says no more than "not done yet"
 
@@ -96,6 +96,10 @@ def answers(request: bytes) -> Iterator[bytes]:
     yield json.dumps({"unusable": reason, "notes": notes}).encode()
 
 
+class Damage(Exception):
+    pass
+
+
 class Part:
     """A part of a file, from a byte on, of some length (-1: to the end), to read as a file."""
 
@@ -144,8 +148,9 @@ def cut(file: Part, shape: tuple[int, ...], fps: int, stride: float, notes: Coun
         rate, aspect = float(stream.average_rate or stream.guessed_rate or 0), stream.sample_aspect_ratio or 1
         frames = map(timed, deinterlaced(decoded(stream), notes))
     screen, window = Screen(height, width, float(aspect)), deque(maxlen=count)
+    usual = min(max(1 / rate, 0.001), GAP) if rate else 0.04
     last, pixels = None, b""
-    for moment, picture in sampled(frames, 1 / min(max(rate, 1 / GAP), 1000) if rate else 0.04, fps):
+    for moment, picture in sampled(frames, usual, fps):
         if picture is None:
             yield []
             continue
@@ -197,7 +202,7 @@ def refuse(*_) -> NoReturn:
 
 def video(file: Part, head: bytes) -> av.video.stream.VideoStream:
     """The first video of a file, ready to decode.  Errors: Unusable."""
-    options = {"format_whitelist": FORMATS.replace(" ", ","), "max_pixels": str(MOST_PIXELS)}
+    options = {"format_whitelist": FORMATS.replace(" ", ",")}
     try:
         container = av.open(file, "r", options=options, io_open=refuse, metadata_errors="replace", buffer_size=1 << 16)
     except av.FFmpegError as error:
@@ -219,23 +224,27 @@ def video(file: Part, head: bytes) -> av.video.stream.VideoStream:
 
 
 def decoded(stream) -> Iterator[av.VideoFrame]:
-    """The frames from the first that is whole to the first that is not.  Errors: FFmpegError where there is damage."""
-    whole = False
-    for packet in stream.container.demux(stream):
-        try:
-            frames = packet.decode()
-        except av.FFmpegError as error:
-            if whole or isinstance(error, MemoryError):
-                raise
-            continue
-        for frame in frames:
-            if frame.is_corrupt and whole:
-                raise Unusable(DAMAGED)
-            whole = whole or not frame.is_corrupt
-            if whole:
-                yield frame
-        if packet.is_corrupt and whole:
-            raise Unusable(DAMAGED)
+    """The frames from the first that is whole to the first that is not.  Errors: Damage, FFmpegError."""
+    whole = failed = False
+    with stream.container as container:
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:
+                if whole or isinstance(error, MemoryError):
+                    raise
+                failed = True
+                continue
+            for frame in frames:
+                if frame.is_corrupt and whole:
+                    raise Damage
+                whole = whole or not frame.is_corrupt
+                if whole:
+                    yield frame
+            if packet.is_corrupt and whole:
+                raise Damage
+    if failed and not whole:
+        raise Damage
 
 
 def deinterlaced(frames: Iterator[av.VideoFrame], notes: Counter) -> Iterator[av.VideoFrame]:
@@ -271,8 +280,7 @@ def pulled(graph: Graph, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]
 
 
 def timed(frame: av.VideoFrame) -> Frame:
-    start = None if frame.pts is None else float(frame.pts * frame.time_base)
-    return Frame(frame, start, float((frame.duration or 0) * frame.time_base))
+    return Frame(frame, frame.time, (frame.duration or 0) * float(frame.time_base))
 
 
 def webp(file: Part) -> Iterator[Frame]:

@@ -39,10 +39,13 @@ from plumbing.files import digest, read_json, write_json, write_whole
 from plumbing.run import claim
 
 READERS = {3: pictures.read, 4: clips.read}  # of source files to pixels, by the number of dimensions of a codec's shape
-PART = 8192  # files: what an interruption loses at most
-TASK = 64  # files that a worker takes at once
+PART = {3: 8192, 4: 512}  # files, pictures or videos: what an interruption loses at most
+SHARD = 1 << 25  # symbols of a shard at most, unless one document has more
+TASK = {3: 64, 4: 1}  # files that a worker takes at once: pictures, videos
+ENCODE = 64  # documents whose byte pairs are found at once
 MOST_WORKERS = 1024  # they are started all at once
 LEARN = 1000  # files that a codec learns on
+LOT, LOT_SYMBOLS = 2048, 1 << 20  # documents that a grammar walks side by side, and how large they are at most
 SAMPLE = 10_000  # documents that byte pairs are learned on (section 3.2 of the paper) ...
 SAMPLE_SYMBOLS = 1_000_000  # ... if they are no larger than this together
 
@@ -129,7 +132,7 @@ class Part(NamedTuple):
 
     def write(self, codec: Codec, items: list[Item], pool: Executor | None, ahead: int, bar: tqdm) -> None:
         lengths, counts, skipped, notes = [], [], [], Counter()
-        tasks = ((codec, task) for task in chunks(items, TASK))
+        tasks = ((codec, task) for task in chunks(items, TASK[len(codec.shape)]))
         with open(self.path.with_suffix(".symbols"), "wb") as file:
             for encoded in in_order(pool, encode_items, tasks, ahead):
                 file.writelines(document.tobytes() for document in encoded.documents)
@@ -161,12 +164,25 @@ class Part(NamedTuple):
     def notes(self) -> Counter[str]:
         return Counter(read_json(self.path.with_suffix(".json")))
 
-    def documents(self, dtype: type, which: slice = slice(None)) -> list[np.ndarray]:
+    def documents(self, dtype: type, which: np.ndarray | slice = slice(None)) -> Iterator[np.ndarray]:
         lengths = self.load("lengths")
         if not len(lengths):
-            return []
+            return
         symbols, ends = np.memmap(self.path.with_suffix(".symbols"), dtype, "r"), np.cumsum(lengths, dtype=np.int64)
-        return [np.array(symbols[end - length : end]) for end, length in zip(ends[which], lengths[which], strict=True)]
+        for end, length in zip(ends[which], lengths[which], strict=True):
+            yield np.array(symbols[end - length : end])
+
+    def lots(self, dtype: type, which: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Documents as many at a time as go into a shard."""
+        lot, size = [], 0
+        for document in self.documents(dtype, which):
+            if lot and size + len(document) > SHARD:
+                yield lot
+                lot, size = [], 0
+            lot.append(document)
+            size += len(document)
+        if lot:
+            yield lot
 
 
 def stamp(item: Item) -> tuple[int, int]:
@@ -182,7 +198,7 @@ def encode(source: Path, codec: Codec, out: Path, files: int, pool: Executor | N
     """All files, in parts; those that are there already, of an interrupted preparation, are taken as they are."""
     parts, settings = [], [codec.name, asdict(codec), codec.fingerprint]
     with tqdm(total=files, unit=" files", desc="encode", disable=None) as bar:
-        for items in chunks(find_items(source), PART):
+        for items in chunks(find_items(source), PART[len(codec.shape)]):
             listing = [[item.name, item.length, *stamp(item)] for item in items]
             key = hashlib.sha256(json.dumps([settings, listing]).encode()).hexdigest()
             parts.append(Part(out / "parts" / key[:24]))
@@ -205,22 +221,31 @@ class Shard(NamedTuple):
     symbols: int
 
 
-def syntax_of(tokenizer: Tokenizer, documents: list[np.ndarray], stream: np.ndarray) -> np.ndarray:
+def alike(documents: list[np.ndarray]) -> Iterator[list[int]]:
+    """The numbers of some documents, in lots of such as are about as long, and together not too large."""
+    numbers = sorted(range(len(documents)), key=lambda i: len(documents[i]))
+    while numbers:
+        count = max(1, min(LOT, LOT_SYMBOLS // (1 + len(documents[numbers[-1]]))))
+        yield numbers[-count:]
+        numbers = numbers[:-count]
+
+
+def syntax_of(tokenizer: Tokenizer, documents: list[np.ndarray], tokens: list[np.ndarray]) -> np.ndarray:
     """The syntax positions (n, F) to which the tokens of some documents lead, from the grammar of symbols: a pair leads
     where its last symbol does."""
     plain = Tokenizer(tokenizer.codec)
     grammar = plain.grammar
     dtype = np.uint8 if max(grammar.sizes) <= 256 else np.uint16
+    sizes = np.array([*map(len, tokenizer.expansions), 1, 1])  # symbols of each token, start and end
     found = [None] * len(documents)
     for numbers in alike(documents):
         whole = [np.concatenate([[plain.start], documents[i], [plain.end]]) for i in numbers]
         walked = grammar.walk(whole)
         assert walked.illegal.tolist() == [len(document) for document in whole], "the encoder has left the grammar"
         positions = grammar.positions(walked.states).astype(dtype)
-        for i, document, rows in zip(numbers, whole, positions, strict=True):
-            found[i] = rows[: len(document)]
-    sizes = np.array([*map(len, tokenizer.expansions), 1, 1])  # symbols of each token, start and end
-    return np.concatenate(found)[np.cumsum(sizes[stream]) - 1]
+        for i, rows in zip(numbers, positions, strict=True):
+            found[i] = rows[np.cumsum(sizes[tokens[i]]) - 1]
+    return np.concatenate(found)
 
 
 def tokenize(
@@ -231,16 +256,17 @@ def tokenize(
     Every (1 / validation)-th file validates, with all its documents: exact in number, and fair to every folder.
     """
     files = first + np.repeat(np.arange(len(part.load("counts"))), part.load("counts"))
-    chosen, described = {"train": [], "val": []}, {}
-    for i, document in zip(files.tolist(), part.documents(tokenizer.dtype), strict=True):
-        chosen["val" if int((i + 1) * validation) > int(i * validation) else "train"].append(document)
-    for split, documents in chosen.items():
-        if documents:
-            pieces = [tokenizer.encode(piece) for piece in chunks(documents, TASK)]
+    validates = ((files + 1) * validation).astype(int) > (files * validation).astype(int)
+    described = {}
+    for split, chosen in (("train", ~validates), ("val", validates)):
+        for lot, documents in enumerate(part.lots(tokenizer.dtype, chosen)):
+            pieces = [tokenizer.encode(piece) for piece in chunks(documents, ENCODE)]
             stream, lengths = map(np.concatenate, zip(*pieces, strict=True))
-            told = syntax_of(tokenizer, documents, stream) if syntax else None
+            tokens = np.split(stream, np.cumsum(lengths)[:-1])
+            told = syntax_of(tokenizer, documents, tokens) if syntax else None
             shard = Shard(stream, lengths.astype(np.uint32), told, sum(map(len, documents)))
-            described[f"{split}-{number:05d}"] = write_shard(out / f"{split}-{number:05d}", shard)
+            name = f"{split}-{number:05d}" + f"-{lot:05d}" * (lot > 0)
+            described[name] = write_shard(out / name, shard)
     return described
 
 

@@ -1,13 +1,15 @@
-"""The built-in data: pictures of shapes, one to a cell of 32 pixels, drawn on the spot, the same every time.
+"""The built-in data, drawn on the spot, the same every time: shapes, one to a cell of 32 pixels, and moving shapes.
 
     python -m data.shapes                                            # data/shapes, which train.py makes if it is absent
     python -m data.shapes data/shapes32 --size 32 --count 20000
+    python -m data.shapes data/moving --moving                       # clips: as `train.py --config video` makes them
 
-OUT-pictures receives the drawings as PNGs, OUT the tokens that `data.prepare` makes of them.
+OUT-pictures receives the drawings as PNGs, or OUT-clips as moving WebPs, OUT the tokens that `data.prepare` makes of them.
 """
 
 import io
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from codec import JPEG
 from data.prepare import cores, prepare
+from h264 import H264
 from plumbing.command import Flags, UserError, run
 from plumbing.files import write_whole
 from plumbing.run import claim
@@ -68,6 +71,13 @@ CELL = 32  # pixels: one shape each, so that shapes and MCUs share their edges
 RADII = (10, 14)  # pixels
 
 
+def fill(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius: float, value: int) -> None:
+    """Draw the shape of a kind around a point."""
+    pen.polygon([(x + radius * u, y + radius * v) for u, v in OUTLINES[kind]], fill=value)
+    if kind == "ring":
+        pen.polygon([(x + radius * u / 2, y + radius * v / 2) for u, v in OUTLINES[kind]], fill=0)
+
+
 def draw(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
     """Picture number `index`, (size, size, 3) uint8: a function of its arguments alone."""
     rng = np.random.default_rng([seed, index])
@@ -79,30 +89,73 @@ def draw(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
         radius = RADII[rng.integers(len(RADII))] * FINE
         kind = list(OUTLINES)[rng.integers(len(OUTLINES))]
         mask = Image.new("1", (side, side))
-        pen = ImageDraw.Draw(mask)
-        pen.polygon([(x + radius * u, y + radius * v) for u, v in OUTLINES[kind]], fill=1)
-        if kind == "ring":
-            pen.polygon([(x + radius * u / 2, y + radius * v / 2) for u, v in OUTLINES[kind]], fill=0)
+        fill(ImageDraw.Draw(mask), kind, x, y, radius, 1)
         picture.paste(colours[rng.integers(len(colours))], (0, 0), mask)
     return np.asarray(picture.reduce(FINE))
 
 
-def make(out: Path, count: int = 8000, size: int = 64) -> None:
-    """Draw `count` pictures and prepare them, unless that is done.  A repeated call continues; of two at once, the
-    second waits.  Errors: UserError."""
+def move(index: int, size: int = 64, frames: int = 15, seed: int = 0) -> np.ndarray:
+    """Clip number `index`, (frames, size, size, 3) uint8: one or two shapes on a plain ground, each of which goes on by
+    the same whole pixels a frame, and back from the edges.  A function of its arguments alone."""
+    rng = np.random.default_rng([seed, index])
+    clip = np.full((frames, size, size, 3), LIGHT[rng.integers(len(LIGHT))], np.float32)
+    for _ in range(int(__import__('os').environ.get('MOST','1'))):
+        radius, span = SMALL[rng.integers(len(SMALL))], size - 2 * max(SMALL)
+        cover = alpha(list(OUTLINES)[rng.integers(len(OUTLINES))], radius)
+        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
+        at, by = rng.integers(0, span, 2), STEPS[rng.integers(len(STEPS), size=2)]
+        for time, frame in enumerate(clip):
+            y, x = span - abs((at + time * by) % (2 * span) - span) + max(SMALL) - radius
+            part = frame[y : y + 2 * radius, x : x + 2 * radius]
+            part += cover * (np.float32(colour) - part)
+    return clip.round().astype(np.uint8)
+
+
+def alpha(kind: str, radius: int) -> np.ndarray:
+    """How much of each pixel a shape covers, (2 * radius, 2 * radius, 1), from 0 to 1."""
+    mask = Image.new("L", (2 * radius * FINE,) * 2)
+    fill(ImageDraw.Draw(mask), kind, radius * FINE, radius * FINE, radius * FINE, 255)
+    return np.asarray(mask.reduce(FINE), np.float32)[..., None] / 255
+
+
+LIGHT = GROUNDS[:3]  # on which every colour is seen after coding
+SMALL = (8, 10)  # pixels: radii of shapes that move
+STEPS = np.array([-3, -2, -1, 1, 2, 3])  # pixels a frame, down and to the right
+
+
+def encoded(drawing: np.ndarray, fps: float) -> bytes:
+    """A picture (H, W, 3) as the bytes of a PNG, a clip (T, H, W, 3) as those of a moving WebP, both without loss."""
+    data = io.BytesIO()
+    if drawing.ndim == 3:
+        Image.fromarray(drawing).save(data, "PNG", compress_level=1)
+    else:
+        first, *more = map(Image.fromarray, drawing)
+        how = {"duration": round(1000 / fps), "loop": 0, "lossless": True, "quality": 0, "method": 0}
+        first.save(data, "WEBP", save_all=True, append_images=more, **how)
+    return data.getvalue()
+
+
+def make(out: Path, count: int = 8000, size: int = 64, moving: bool = False) -> None:
+    """Draw `count` pictures, or clips, and prepare them, unless that is done.  A repeated call continues; of two at
+    once, the second waits.  Errors: UserError."""
     if size % CELL or not CELL <= size <= 1024:
         raise UserError(f"--size is {size}: choose a multiple of {CELL} pixels to 1024, one shape to a cell of them")
     if count < 20:
         raise UserError(f"--count is {count}: choose 20 or more, of which one validates")
-    folder = out.with_name(out.name + "-pictures")
+    codec, what, suffix, kind = JPEG(size=size), "pictures", ".png", draw
+    if moving:
+        codec, what, suffix, kind = H264(width=size, height=size, fps=10), "clips", ".webp", move
+    folder = out.with_name(out.name + "-" + what)
     with claim(out, wait=True):
         folder.mkdir(parents=True, exist_ok=True)
-        for index in tqdm(range(count), "draw", unit=" pictures", disable=None):
-            path, data = folder / f"{index:05d}.png", io.BytesIO()
-            Image.fromarray(draw(index, size)).save(data, "PNG", compress_level=1)
-            if not path.exists() or path.read_bytes() != data.getvalue():  # else it keeps its time, and its part
-                write_whole(path, data.getvalue())
-        prepare(folder, out, JPEG(size=size), vocab=None, validation=0.05, workers=cores())
+        for index in tqdm(range(count), "draw", unit=f" {what}", disable=None):
+            path, data = folder / f"{index:05d}{suffix}", encoded(kind(index, size), codec.fps)
+            if not path.exists() or path.read_bytes() != data:  # else it keeps its time, and its part
+                write_whole(path, data)
+        prepare(folder, out, codec, vocab=None, validation=0.05, workers=cores())
+
+
+BUILT_IN = {"data/shapes": make, "data/moving": partial(make, count=5000, moving=True)}  # what train.py makes if absent
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -112,8 +165,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--count", type=int, default=8000, help="how many pictures (default: 8000)")
     parser.add_argument("--size", type=int, default=64, help="pixels, both ways (default: 64)")
+    parser.add_argument("--moving", action="store_true", help="clips of 15 frames, 10 a second, as H.264")
     flags = parser.parse(arguments)
-    make(flags.out, flags.count, flags.size)
+    make(flags.out, flags.count, flags.size, flags.moving)
 
 
 if __name__ == "__main__":
