@@ -14,7 +14,6 @@ The files hold the very symbols that the model wrote; the last line counts how m
 import argparse
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -27,7 +26,7 @@ from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
 from codec import Tokenizer, foreign_encoder
-from data.prepare import chunks, read
+from data.prepare import chunks, usable
 from data.prompts import prompts_of
 from data.sources import Item
 from grammar import FAR, Grammar, refuse_bad_prompts
@@ -192,8 +191,8 @@ def write(to: Path, model: Llama, tokenizer: Tokenizer, kept: float, prompts: li
                         file.write(f"{paths[i].name}\t{wrong}\n")
                 write_whole(paths[i], codec.file(symbols))
                 bar.update()
-    shown = [next(read(Item(str(path), 0, -1, path.name), codec, Counter())) for path in paths[:64]]
-    save_grid(to / "grid", shown, codec.fps, kept)
+    if shown := [*usable((Item(str(path), 0, -1, path.name) for path in paths[:64]), codec)]:  # what a viewer can read
+        save_grid(to / "grid", shown, codec.fps, kept)
     lines = invalid.read_text(errors="replace").splitlines() if invalid.exists() else []
     return len(paths) - len({line.split("\t")[0] for line in lines} & {path.name for path in paths})
 
