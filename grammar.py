@@ -48,9 +48,9 @@ class Grammar(Protocol):
     def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Grammar": ...  # of symbols: the same, over pairs too
 
     # `accept` reads tokens (B,), -1 for none, where they are legal and leave a way to the end within `room`.  The other
-    # rows it leaves as they were, and names those whose token `mask` had left open: but for the rows `exact`, a mask may
-    # know only some of what is illegal, and whoever draws bans what was refused and draws again.  States of a walk can be
-    # sliced like an array (B, T).
+    # rows it leaves as they were, and names those whose token `mask` had left open: but for the rows `exact`, a mask
+    # may know only some of what is illegal, and whoever draws bans what was refused and draws again.  States of a walk
+    # can be sliced like an array (B, T).
 
 
 def refuse_bad_prompts(grammar: Grammar, prompts: list[np.ndarray], length: int) -> None:

@@ -27,13 +27,13 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from plumbing.child import Child, ChildFailed
 
 import cavlc
 import grammar
 from cavlc import Node
 from codec import Codec
 from grammar import Illegal
+from plumbing.child import Child, ChildFailed
 from plumbing.command import UserError
 
 # --- the reader -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@
     python -m data.shapes data/shapes32 --size 32 --count 20000
     python -m data.shapes data/moving --moving                       # clips: as `train.py --config video` makes them
 
-OUT-pictures receives the drawings as PNGs, or OUT-clips as moving WebPs, OUT the tokens that `data.prepare` makes of them.
+OUT-pictures receives the drawings as PNGs, or OUT-clips as moving WebPs, OUT the tokens that `data.prepare` makes of
+them.
 """
 
 import io
@@ -94,20 +95,27 @@ def draw(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
     return np.asarray(picture.reduce(FINE))
 
 
+LIGHT, DARK = GROUNDS[:3], [COLOURS[name] for name in COLOURS if name != "yellow"]  # motion is found by brightness
+SMALL = (8, 10)  # pixels: radii of shapes that move
+GRID = 8  # pixels, to which the middle of a shape is aligned at first, as shapes are to MCUs above
+STEPS = [(2 * x, 2 * y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y]  # pixels a frame; one of the halved colours
+
+
 def move(index: int, size: int = 64, frames: int = 15, seed: int = 0) -> np.ndarray:
-    """Clip number `index`, (frames, size, size, 3) uint8: one or two shapes on a plain ground, each of which goes on by
-    the same whole pixels a frame, and back from the edges.  A function of its arguments alone."""
+    """Clip number `index`, (frames, size, size, 3) uint8: a shape that goes on by the same whole pixels a frame, and
+    back from the edges.  A function of its arguments alone."""
     rng = np.random.default_rng([seed, index])
     clip = np.full((frames, size, size, 3), LIGHT[rng.integers(len(LIGHT))], np.float32)
-    for _ in range(int(__import__('os').environ.get('MOST','1'))):
-        radius, span = SMALL[rng.integers(len(SMALL))], size - 2 * max(SMALL)
-        cover = alpha(list(OUTLINES)[rng.integers(len(OUTLINES))], radius)
-        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
-        at, by = rng.integers(0, span, 2), STEPS[rng.integers(len(STEPS), size=2)]
-        for time, frame in enumerate(clip):
-            y, x = span - abs((at + time * by) % (2 * span) - span) + max(SMALL) - radius
-            part = frame[y : y + 2 * radius, x : x + 2 * radius]
-            part += cover * (np.float32(colour) - part)
+    radius = SMALL[rng.integers(len(SMALL))]
+    cover = alpha(list(OUTLINES)[rng.integers(len(OUTLINES))], radius)
+    colour = np.float32(DARK[rng.integers(len(DARK))])
+    begin = GRID * rng.integers(2, size // GRID - 1, 2)  # down and to the right, its middle
+    step = np.array(STEPS[rng.integers(len(STEPS))])
+    edge, span = max(SMALL), size - 2 * max(SMALL)
+    for time, frame in enumerate(clip):
+        y, x = edge + span - abs((begin - edge + time * step) % (2 * span) - span) - radius
+        part = frame[y : y + 2 * radius, x : x + 2 * radius]
+        part += cover * (colour - part)
     return clip.round().astype(np.uint8)
 
 
@@ -116,11 +124,6 @@ def alpha(kind: str, radius: int) -> np.ndarray:
     mask = Image.new("L", (2 * radius * FINE,) * 2)
     fill(ImageDraw.Draw(mask), kind, radius * FINE, radius * FINE, radius * FINE, 255)
     return np.asarray(mask.reduce(FINE), np.float32)[..., None] / 255
-
-
-LIGHT = GROUNDS[:3]  # on which every colour is seen after coding
-SMALL = (8, 10)  # pixels: radii of shapes that move
-STEPS = np.array([-3, -2, -1, 1, 2, 3])  # pixels a frame, down and to the right
 
 
 def encoded(drawing: np.ndarray, fps: float) -> bytes:

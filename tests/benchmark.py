@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from PIL import Image
@@ -34,10 +35,12 @@ from torch import Tensor, library, nn
 import fid as fid_py  # the function below has the short name
 import sample
 import train
-from codec import JPEG, Tokenizer
+from codec import JPEG, Codec, Tokenizer
 from data.pairs import learn_pairs
 from data.prepare import cores, prepare
-from data.shapes import draw, make
+from data.shapes import draw, make, move
+from h264 import H264
+from model import Cache
 from plumbing import huggingface, plan, processes
 
 
@@ -392,36 +395,120 @@ def preparation() -> None:
 
 
 def sampling() -> None:
-    """What mask, states and positions cost beside a step of the small model, 64 files at once; and with a restart
-    marker a row."""
-    for restart in (1, 4):
-        alone, whole, steps = sampling_of(JPEG(restart=restart))
-        seconds = interleaved({"grammar": alone, "all": whole}, 5)
-        seconds = {name: value / steps * 1e3 for name, value in seconds.items()}
-        overhead = seconds["grammar"] / (seconds["all"] - seconds["grammar"])
-        emit(f"sampling, a token of 64 files, restart {restart}", seconds, "ms", overhead=round(overhead, 4))
+    """What mask, states and positions cost beside a step of the small model, 64 files at once: pictures with a restart
+    marker an MCU and a row, and clips."""
+    pictures, moving = [draw(i) for i in range(100)], [move(i) for i in range(100)]
+    for codec, drawn in ((JPEG(), pictures), (JPEG(restart=4), pictures), (H264(64, 64, fps=10), moving)):
+        functions, steps = sampling_of(codec, drawn)
+        seconds = {name: value / steps * 1e3 for name, value in interleaved(functions, 5).items()}
+        overhead = seconds["grammar"] / seconds["model"]
+        emit(f"sampling, a token of 64 files, {codec}", seconds, "ms", overhead=round(overhead, 4))
 
 
-def sampling_of(codec: JPEG) -> tuple[Callable[[], None], Callable[[], None], int]:
-    """What the grammar does while files are drawn, the drawing as a whole, and the tokens of a file."""
-    tokenizer = learn_pairs(codec, [codec.encode(draw(i)) for i in range(100)], 320)
+def sampling_of(codec: Codec, drawn: list[np.ndarray]) -> tuple[dict[str, Callable[[], None]], int]:
+    """What the grammar does while files are drawn, what the model and the dice do, and the tokens of a file."""
+    symbols = [codec.encode(pixels) for pixels in drawn]
+    tokenizer = learn_pairs(codec, symbols, codec.vocab)
     config = replace(train.CONFIGS["small"], vocab=tokenizer.vocab, positions=tokenizer.grammar.sizes)
-    model, begun = train.build_model(config, torch.device("cpu")).eval(), [np.array([tokenizer.start])] * 64
+    model, steps = train.build_model(config, torch.device("cpu")).eval(), 300
     model.init_weights()
-    seeds, steps, how = [(0, i) for i in range(64)], 500, sample.Sampling(length=500)
     rows = torch.full((64, steps), tokenizer.end)
-    for row, file in zip(rows, sample.generate(model, tokenizer, begun, seeds, how), strict=True):
-        row[: len(file)] = torch.from_numpy(file.astype(np.int64))
-    grammar, logits = tokenizer.grammar.to("cpu"), torch.randn(64, tokenizer.vocab)
+    for row, file in zip(rows, symbols, strict=False):
+        tokens = tokenizer.encode([file])[0][:steps]
+        row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+    grammar, room = tokenizer.grammar.to("cpu"), config.context
+    logits, told = torch.randn(64, tokenizer.vocab), torch.zeros(64, 1, len(grammar.sizes), dtype=torch.long)
 
     def alone() -> None:
         states = grammar.begin(64)
         for at in range(1, steps):
-            logits.masked_fill(grammar.mask(states, steps - 1 - at), -torch.inf)
-            states, _ = grammar.accept(states, rows[:, at], steps - 1 - at)
+            logits.masked_fill(grammar.mask(states, room - at), -torch.inf)
+            states, _ = grammar.accept(states, rows[:, at], room - at)
             grammar.positions(states)
 
-    return alone, lambda: sample.generate(model, tokenizer, begun, seeds, how), steps - 1
+    @torch.no_grad()
+    def rest() -> None:
+        cache, uniform = Cache(model.config, 64, steps), torch.rand(64)
+        for at in range(1, steps):
+            sample.choose(model(rows[:, at - 1 : at], told, cache)[:, -1], uniform, sample.Sampling())
+
+    return {"grammar": alone, "model": rest}, steps - 1
+
+
+# --- clips ------------------------------------------------------------------------------------------------------------
+
+
+def reading() -> None:
+    """Microseconds a byte: what `check` takes for clips, and what the grammar takes for those and their positions."""
+    codec = H264(64, 64, fps=10)
+    clips = [codec.encode(move(i)) for i in range(100)]
+    size, grammar = sum(map(len, clips)), Tokenizer(codec).grammar
+    documents = [np.concatenate([[256], symbols, [257]]) for symbols in clips]
+
+    def walk() -> None:
+        grammar.piece.cache_clear()
+        grammar.walk(documents)
+
+    functions = {"check": lambda: [*map(codec.check, clips)], "walk": walk}
+    seconds = interleaved(functions, 5)
+    emit("reading H.264", {name: value / size * 1e6 for name, value in seconds.items()}, "us a byte")
+
+
+def bare_clips(paths: list[Path], codec: H264) -> int:
+    """What decoding and encoding by themselves cost: of frames 1 / fps apart, scaled by swscale."""
+    written = 0
+    for path in paths:
+        with av.open(str(path)) as video:
+            stream, frames, due = video.streams.video[0], [], 0.0
+            for frame in video.decode(stream):
+                while frame.time >= due - 1e-3:
+                    small = frame.reformat(codec.width, codec.height, "rgb24", interpolation="AREA").to_ndarray()
+                    frames, due = [*frames, small], due + 1 / codec.fps
+                    if len(frames) == codec.frames:
+                        written += len(codec.encode(np.stack(frames)))
+                        frames = []
+    return written
+
+
+def videos() -> None:
+    """Clips/s of data.prepare beside a bare PyAV loop on as many processes; memory at few clips and at many."""
+    codec = H264(64, 48, fps=10)
+    with tempfile.TemporaryDirectory() as folder:
+        made, outs = Path(folder) / "made", itertools.count()
+        made.mkdir()
+        rng = np.random.default_rng(0)
+        for i in range(40):  # ten seconds of 320x240 each, 25 frames a second, a little noise as cameras have it
+            with av.open(str(made / f"{i:02d}.mp4"), "w") as file:
+                stream = file.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+                stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+                large = np.kron(move(i, frames=25), np.ones((1, 4, 5, 1)))[:, :240]
+                for at in range(250):
+                    picture = (large[at % 25] + rng.normal(0, 4, (240, 320, 3))).clip(0, 255).astype(np.uint8)
+                    file.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+                file.mux(stream.encode(None))
+        paths, clips = sorted(made.iterdir()), 40 * 6
+
+        def bare() -> None:
+            with ProcessPoolExecutor(cores()) as pool:
+                list(pool.map(bare_clips, [paths[i : i + 1] for i in range(40)], [codec] * 40))
+
+        def ours(codec: H264 = codec) -> None:
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+                prepare(made, Path(folder) / f"out{next(outs)}", codec, None, 0.05, cores())
+
+        speeds = {name: clips / seconds for name, seconds in interleaved({"ours": ours, "bare": bare}, 3).items()}
+        emit("preparation of videos, 320x240 to 64x48", speeds, "clips/s", speeds["ours"] / speeds["bare"])
+        peaks = {}
+        for stride in (2.0, 0.1):
+            script = (
+                "from data.prepare import *; from h264 import H264; import resource, sys\n"
+                f"out, codec = Path({folder!r}) / 'peak{stride}', H264(64, 48, fps=10, stride={stride})\n"
+                f"prepare(Path({str(made)!r}), out, codec, None, 0.05, 2)\n"
+                "print(max(resource.getrusage(who).ru_maxrss for who in (-1, 0)), file=sys.stderr)"
+            )
+            result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+            peaks[f"a clip every {stride} s"] = int(result.stderr.split()[-1]) / 1024
+        emit("preparation of videos, largest process", peaks, "MiB")
 
 
 # --- the whole of the small config ------------------------------------------------------------------------------------
@@ -441,7 +528,8 @@ def small() -> None:
 
 
 BENCHMARKS = {
-    function.__name__: function for function in (training, sharding, saving, scale, preparation, fid, sampling, small)
+    function.__name__: function
+    for function in (training, sharding, saving, scale, preparation, fid, sampling, reading, videos, small)
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What h264.py promises: canonical bytes, a strict check, total decoding, and a grammar that always finds an end."""
 
-import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +7,6 @@ from dataclasses import replace
 import av
 import numpy as np
 import pytest
-import torch
 
 import cavlc
 from codec import Tokenizer, load_tokenizer, save_tokenizer
@@ -17,7 +15,7 @@ from data.pairs import learn_pairs
 from data.shapes import move
 from data.sources import Item
 from grammar import FAR, LONGEST_WAY, Illegal
-from h264 import H264, Place, units
+from h264 import H264, units
 from model import Llama, ModelConfig
 from plumbing.command import UserError
 from sample import Sampling, generate
@@ -175,7 +173,16 @@ def test_a_codec_is_itself_again_elsewhere(tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("width", 15), ("width", 33), ("height", 2000), ("frames", 0), ("frames", 251), ("fps", 0), ("qp", 10), ("stride", -1.0)],
+    [
+        ("width", 15),
+        ("width", 33),
+        ("height", 2000),
+        ("frames", 0),
+        ("frames", 251),
+        ("fps", 0),
+        ("qp", 10),
+        ("stride", -1.0),
+    ],
 )
 def test_settings_that_cannot_be_are_refused_in_a_sentence(setting, value):
     with pytest.raises(UserError, match=f"{setting}.* {value}.*: choose"):
@@ -326,7 +333,13 @@ def test_codewords_are_those_of_the_tables_and_complete():
     """Kraft's sum: a code that leaves no bits unused is 1."""
 
     def kraft(node, depth=0):
-        return 0 if node is None else 2.0**-depth if type(node) is not cavlc.Node else sum(kraft(n, depth + 1) for n in node)
+        return (
+            0
+            if node is None
+            else 2.0**-depth
+            if type(node) is not cavlc.Node
+            else sum(kraft(n, depth + 1) for n in node)
+        )
 
     assert kraft(cavlc.run_before(3)) == 1 and kraft(cavlc.total_zeros(1, 16)) < 1
     for zeros in range(1, 7):

@@ -52,14 +52,14 @@ def test_every_image_is_there_once(photos, prepared):
 
 
 def test_the_result_does_not_depend_on_the_workers(photos, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "TASK", 7)
+    monkeypatch.setitem(module.TASK, 3, 7)
     prepare(photos, tmp_path / "two", JPEG(size=32), vocab=300, validation=0.1, workers=2)
     assert contents(tmp_path / "two") == contents(prepared)
 
 
 @pytest.mark.parametrize("codec", [Pixels(size=16, colours=32), JPEG(size=32, restart=2)])
 def test_other_codecs_do_not_depend_on_the_workers_either(codec, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PART", 16)
+    monkeypatch.setitem(module.PART, 3, 16)
     for workers in (1, 2):
         prepare(photos, tmp_path / str(workers), codec, vocab=None, validation=0.1, workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
@@ -104,7 +104,7 @@ def test_a_preparation_that_was_killed_continues_to_the_same_result(photos, prep
     """kill -9 while parts are written; the second call finds the whole parts and gives the bytes of an uninterrupted
     one."""
     script = (
-        "import data.prepare as p; from codec import JPEG; from pathlib import Path; import time; p.PART = 8\n"
+        "import data.prepare as p; from codec import JPEG; from pathlib import Path; import time; p.PART[3] = 8\n"
         "write = p.Part.write\n"
         "def slow(*a): write(*a); time.sleep(0.2)\n"
         "p.Part.write = slow\n"
