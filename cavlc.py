@@ -190,7 +190,7 @@ IDR, OTHER = b"\0\0\1\x65", b"\0\0\1\x41"  # start codes and NAL unit headers (7
 def start(nals):
     """A start code, of 4 bytes where an access unit begins (B.1.2), but for the first, which follows what is left
     out."""
-    return tree("start", {"".join(f"{byte:08b}" for byte in nal): nal for nal in nals}, label=len)
+    return tree("start code", {"".join(f"{byte:08b}" for byte in nal): nal for nal in nals}, label=len)
 
 
 @cache
@@ -230,7 +230,7 @@ def number_nodes():
             for more in range(zeros + 1 + (zeros > 0)):
                 NODES.setdefault((name, (zeros, more)), len(NODES))
     for length in range(8 * len(OTHER) + 8):
-        NODES.setdefault(("start", length), len(NODES))
+        NODES.setdefault(("start code", length), len(NODES))
     for length in range(80):
         NODES.setdefault(("slice_header", length), len(NODES))
 

@@ -299,7 +299,7 @@ class Piece(NamedTuple):
     after: object
 
 
-LONGEST_WAY = 128  # bytes that complete a unit, from wherever one stands in it, at most
+LONGEST_WAY = 64  # bytes that complete a unit, from wherever one stands in it, at most
 
 
 class Readers:
@@ -435,10 +435,14 @@ class Readers:
             place, at = piece.after, at + len(unit)
         row = self.read_again(place)
         looks = [self.look(row)]
-        with suppress(Illegal):
-            for byte in data[at:]:
+        for byte in data[at:]:
+            place, begun = row.reader.place, bytes(row.begun)
+            try:
                 row.push(byte)
-                looks.append(self.look(row))
+            except Illegal:
+                row = self.read_again(place, begun)
+                break
+            looks.append(self.look(row))
         return Seen(*map(np.concatenate, zip(*pieces, together(looks), strict=True))), row
 
     def read_piece(self, place: object, unit: bytes) -> Piece | None:

@@ -32,6 +32,7 @@ import cavlc
 import grammar
 from cavlc import Node
 from codec import Codec
+from data.clips import Screen
 from grammar import Illegal
 from plumbing.child import Child, ChildFailed
 from plumbing.command import UserError
@@ -121,7 +122,7 @@ class Reader:
             node, rest = node.read.get(byte) or node.byte(byte)
             bits = self.bits = rest.copy()
         if node is None:
-            raise Illegal(f"no such {root.name} (block {block})")
+            raise Illegal(f"no such {root.name}")
         return node
 
     def slice_data(self, kind, refs):  # 7.3.4
@@ -231,7 +232,7 @@ class Way(Reader):
 
 X264 = {  # section 3.1 of the paper: as plain a stream as the encoder writes
     "bframes": 0, "ref": cavlc.REFS, "trellis": 0, "me": "dia", "subme": 0, "psy": 0, "mixed-refs": 0, "fast-pskip": 0,
-    "slice-max-mbs": 1, "threads": 1, "sliced-threads": 0, "partitions": "none", "cabac": 0, "8x8dct": 0, "annexb": 1,
+    "slice-max-mbs": 1, "threads": 1, "sliced-threads": 0, "partitions": "none", "cabac": 0, "8x8dct": 0, "annexb": 1, "colormatrix": "smpte170m",
 }  # fmt: skip
 SLICES = 1, 5  # NAL unit types: a slice, and one of an IDR frame (table 7-1); 7 and 8 are the parameter sets
 
@@ -286,12 +287,13 @@ class H264(Codec):
 
     def read(self, data: bytes) -> np.ndarray:
         """The frames (n, H, W, 3) that FFmpeg finds in a sequence, n at most `frames`."""
-        context, found = av.CodecContext.create("h264", "r"), []
-        context.thread_count, context.flags = 1, context.flags | av.codec.context.Flags.output_corrupt
+        context, screen, found = av.CodecContext.create("h264", "r"), Screen(self.height, self.width, 1.0), []
+        context.thread_count, context.extradata = 1, self.parameter_sets
+        context.flags |= av.codec.context.Flags.output_corrupt
         for packet in [*map(av.Packet, self.access_units(data)), None]:
             with contextlib.suppress(av.FFmpegError):
-                found += [frame.to_ndarray(format="rgb24") for frame in context.decode(packet)]
-        return np.array(found[: self.frames], np.uint8).reshape(-1, *self.shape[1:])
+                found += map(screen.pixels, context.decode(packet))
+        return np.frombuffer(b"".join(found[: self.frames]), np.uint8).reshape(-1, *self.shape[1:])
 
     def complete(self, frames: np.ndarray) -> np.ndarray:
         """Exactly as many frames as the clip has: the last one stays."""
@@ -299,11 +301,11 @@ class H264(Codec):
         return np.concatenate([frames, *[last] * (self.frames - len(frames))])
 
     def access_units(self, data: bytes) -> list[bytes]:
-        """The slices of each frame (7.4.1.2.4), after the parameter sets; whatever else there may be is left out."""
-        found = [self.parameter_sets]
+        """The slices of each frame (7.4.1.2.4); whatever else there may be is left out."""
+        found = []
         for unit in units(data):
             if kind_of(unit) in SLICES:
-                if unit[unit.index(1) + 2 :][:1] >= b"\x80" and found != [self.parameter_sets]:  # macroblock 0
+                if not found or unit[unit.index(1) + 2 :][:1] >= b"\x80":  # macroblock 0
                     found.append(b"")
                 found[-1] += unit
         return found

@@ -58,7 +58,7 @@ def ssim(found: np.ndarray, truth: np.ndarray) -> list[float]:
 
 def complaint(file: bytes, frames: int) -> str | None:
     """None if FFmpeg decodes just so many whole frames without a word, else what is wrong.  Of a slice that is missing
-    it says nothing, but marks the frame."""
+    it says nothing, but marks the frame; that frames have more slices than it keeps accounts of, it always says."""
     av.logging.set_level(av.logging.WARNING)
     av.logging.set_skip_repeated(False)
     try:
@@ -69,8 +69,10 @@ def complaint(file: bytes, frames: int) -> str | None:
         return str(error)
     finally:
         av.logging.set_level(None)
-    if log or any(corrupt):
-        return log[0][2].strip() if log else f"frame {corrupt.index(True)} is corrupt"
+    if words := [text.strip() for _, _, text in log if "Possibly too many slices" not in text]:
+        return words[0]
+    if any(corrupt):
+        return f"frame {corrupt.index(True)} is corrupt"
     return None if len(corrupt) == frames else f"{len(corrupt)} frames, not {frames}"
 
 

@@ -261,10 +261,11 @@ class Reader:
     def begin(self, count):
         return self.device_table.begin(count)
 
-    def mask(self, states, room, exact=False):
-        self.exact += exact
-        known = self.device_table.mask(states, room)
-        return known if exact else torch.zeros_like(known)
+    def mask(self, states, room, exact=()):
+        self.exact += len(exact)
+        mask = torch.zeros_like(self.device_table.mask(states, room))
+        mask[list(exact)] = self.device_table.mask(states, room)[list(exact)]
+        return mask
 
     def accept(self, states, tokens, room):
         after, legal = self.device_table.step(states, tokens.clamp(min=0), room)
