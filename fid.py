@@ -249,7 +249,7 @@ def weights_file(path: Path | None = None, url: str = URL) -> Path:
 class Images:
     """The images of a folder, searched recursively, or an array (N, H, W, 3) uint8 from an .npz, held in memory.
 
-    The grid.png that sample.py lays beside its numbered samples is left out.
+    The grid that sample.py lays beside its numbered samples is left out.
     """
 
     def __init__(self, path: Path, array: np.ndarray | None = None):
@@ -258,8 +258,10 @@ class Images:
             self.sha256 = digest(path)
             return
         found = sorted(image_files(path))
-        sampled = {file.parent for file in found if file.stem.isdecimal()}
-        self.files = [file for file in found if file.name != "grid.png" or file.parent not in sampled]
+        sampled = {file.parent for file in found if file.stem.isdecimal() or (file.parent / "samples.json").exists()}
+        self.files = [file for file in found if file.stem != "grid" or file.parent not in sampled]
+        if not self.files and any(path.rglob("*.mp4")):
+            raise UserError(f"{path} holds clips, not images: measure their frames with `python -m studies.video RUN`")
         if not self.files:
             known = ", ".join(sorted(SUFFIXES))
             raise UserError(f"{path} holds no images: give a folder with files of {known} at any depth")

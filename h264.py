@@ -232,7 +232,8 @@ class Way(Reader):
 
 X264 = {  # section 3.1 of the paper: as plain a stream as the encoder writes
     "bframes": 0, "ref": cavlc.REFS, "trellis": 0, "me": "dia", "subme": 0, "psy": 0, "mixed-refs": 0, "fast-pskip": 0,
-    "slice-max-mbs": 1, "threads": 1, "sliced-threads": 0, "partitions": "none", "cabac": 0, "8x8dct": 0, "annexb": 1, "colormatrix": "smpte170m",
+    "slice-max-mbs": 1, "threads": 1, "sliced-threads": 0, "partitions": "none", "cabac": 0, "8x8dct": 0, "annexb": 1,
+    "colormatrix": "smpte170m",
 }  # fmt: skip
 SLICES = 1, 5  # NAL unit types: a slice, and one of an IDR frame (table 7-1); 7 and 8 are the parameter sets
 
