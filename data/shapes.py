@@ -96,7 +96,7 @@ def draw(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
 
 
 LIGHT, DARK = GROUNDS[:3], [COLOURS[name] for name in COLOURS if name != "yellow"]  # motion is found by brightness
-SMALL = (8, 10)  # pixels: radii of shapes that move
+SMALL = 8  # pixels: radius of shapes that move
 GRID = 8  # pixels, to which the middle of a shape is aligned at first, as shapes are to MCUs above
 STEPS = [(2 * x, 2 * y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y]  # pixels a frame; one of the halved colours
 
@@ -106,15 +106,14 @@ def move(index: int, size: int = 64, frames: int = 15, seed: int = 0) -> np.ndar
     back from the edges.  A function of its arguments alone."""
     rng = np.random.default_rng([seed, index])
     clip = np.full((frames, size, size, 3), LIGHT[rng.integers(len(LIGHT))], np.float32)
-    radius = SMALL[rng.integers(len(SMALL))]
-    cover = alpha(list(OUTLINES)[rng.integers(len(OUTLINES))], radius)
+    cover = alpha(list(OUTLINES)[rng.integers(len(OUTLINES))], SMALL)
     colour = np.float32(DARK[rng.integers(len(DARK))])
     begin = GRID * rng.integers(2, size // GRID - 1, 2)  # down and to the right, its middle
     step = np.array(STEPS[rng.integers(len(STEPS))])
-    edge, span = max(SMALL), size - 2 * max(SMALL)
+    span = size - 2 * SMALL
     for time, frame in enumerate(clip):
-        y, x = edge + span - abs((begin - edge + time * step) % (2 * span) - span) - radius
-        part = frame[y : y + 2 * radius, x : x + 2 * radius]
+        y, x = span - abs((begin - SMALL + time * step) % (2 * span) - span)
+        part = frame[y : y + 2 * SMALL, x : x + 2 * SMALL]
         part += cover * (colour - part)
     return clip.round().astype(np.uint8)
 
