@@ -115,10 +115,10 @@ SCALE = {"4:2:0": 2, "4:4:4": 1}  # blocks of Y that an MCU is wide and high; th
 class JPEG(Codec):
     """Baseline JPEG without its tables, as in section 3.1 of the paper.
 
-    The quantization and Huffman tables are the same in every file of one quality, so they are left out and put back
-    for the viewer.  After a restart marker nothing is remembered of what came before: with one after every MCU, as in
-    the paper, a wrong byte spoils its MCU and no other.  With `header` the sequence is the file from SOI to EOI, as in
-    the paper; without, only the entropy-coded data between the constant header and EOI.
+    The tables are the same in every file of one quality, so they are left out and put back for the viewer.  After a
+    restart marker nothing is remembered of what came before: with one after every MCU, as in the paper, a wrong byte
+    spoils its MCU and no other.  With `header` the sequence is the file from SOI to EOI, as in the paper; without, only
+    the entropy-coded data between the constant header and EOI.
     """
 
     size: int = 64  # pixels, both ways
@@ -162,9 +162,8 @@ class JPEG(Codec):
         return SOI + self.tables + self.prefix[len(SOI) :] + scan + EOI
 
     def check(self, symbols: np.ndarray) -> str | None:
-        """Valid is what T.81 allows: every code is in the Huffman tables, no block has more than 64 coefficients, every
-        FF is stuffed (F.1.2.3), bytes are filled up with ones, restart markers count modulo 8 (E.1.4), and there are
-        exactly the MCUs that the frame needs.  Offsets count the bytes of the sequence."""
+        """Valid is what T.81 allows: every code is in the Huffman tables, no block has more than 64 coefficients, FF is
+        stuffed (F.1.2.3), bytes are filled up with ones, restart markers count modulo 8 (E.1.4), no MCU is missing."""
         data, (before, after) = bytes(symbols), self.around
         if not data.startswith(before):
             wrong = len(os.path.commonprefix([data, before]))
@@ -247,8 +246,8 @@ def standard_codes() -> jpeg.Codes:
 
 @dataclass(frozen=True)
 class Pixels(Codec):
-    """Pixels one after the other, from left to right and from top to bottom, as the paper's ImageGPT has them (Chen et
-    al. 2020, section 3): each one symbol, a colour of a palette, or three, red, green and blue.  The smallest codec."""
+    """Pixels from left to right and from top to bottom, as the paper's ImageGPT has them (Chen et al. 2020, section 3):
+    each one symbol, a colour of a palette, or three, red, green and blue.  The smallest codec."""
 
     size: int = 32  # pixels, both ways
     colours: int = 512  # of the palette, which is learned on the data; 0: all, as three numbers a pixel
@@ -370,9 +369,8 @@ class Tokenizer:
     def encode(self, documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Documents of symbols to one stream (n,) uint16 of start, tokens, end, start, ... and the length of each.
 
-        The stream is turned into a string with a character for each token, for then a merge is a search and replace
-        at the speed of C, over many documents at once (split and join is a third faster than `str.replace`).  No
-        merge reaches across documents, since none holds a start or an end.
+        The stream becomes a string with a character for each token, for then a merge is a search and replace at the
+        speed of C (split and join is a third faster than `str.replace`).  None reaches across a start or an end.
         """
         texts = (document.astype("<u2").tobytes().decode("utf-16-le") for document in documents)
         text = "".join(f"{chr(self.start)}{each}{chr(self.end)}" for each in texts)

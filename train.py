@@ -2,6 +2,7 @@
 
     python train.py                                                   # ten minutes on a laptop, from drawing to writing
     python train.py --config tiny --out out/try                       # the same in a minute, to see that it runs
+    python train.py --config video                                    # clips of moving shapes, a quarter of an hour
     python train.py --config base --data data/photos                  # what `python -m data.prepare` made, on a GPU
     torchrun --nproc-per-node 8 train.py --config 7b --data data/web  # eight GPUs; --nnodes for more machines
 

@@ -3,6 +3,7 @@
     python -m data.prepare photos data/photos                          # JPEG, 64x64, quality 25, 320 tokens
     python -m data.prepare photos data/photos --size 256 --header      # the sequences of the paper
     python -m data.prepare photos data/pixels --codec pixels --size 16
+    python -m data.prepare films data/films --codec h264 --fps 10      # clips of 15 frames, as H.264
     python -m data.prepare --codec pixels --help                       # the settings of that codec
     python -m data.prepare shards data/shards                          # .tar shards (the WebDataset layout)
 
