@@ -244,7 +244,8 @@ class H264(Codec):
 
     The sequence is a byte stream (annex B) without parameter sets, which are the same in every clip and put back for
     the viewer, and without SEI.  Without `scene_cuts`, which is ours, the first frame alone is intra; with them x264
-    may begin anew where the picture changes, as in the paper.
+    may begin anew where the picture changes, as in the paper.  FFmpeg keeps accounts of 32 slices a frame: of frames
+    with more macroblocks it says so, and may smooth the edges between them otherwise than the encoder did.
     """
 
     width: int = 64  # pixels
@@ -317,7 +318,7 @@ class H264(Codec):
         blank = self._write(np.zeros(self.shape, np.uint8)[:1])
         with av.open(io.BytesIO(blank), format="h264") as like, av.open(out, "w", format="mp4") as container:
             stream = container.add_stream_from_template(like.streams.video[0])
-            for number, data in enumerate(self.access_units(bytes(symbols))):
+            for number, data in enumerate(self.access_units(bytes(symbols)) or [cavlc.IDR]):
                 packet = av.Packet(data)
                 packet.stream, packet.time_base, packet.pts, packet.dts = stream, unit, number, number
                 packet.duration, packet.is_keyframe = 1, number == 0
