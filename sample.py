@@ -3,7 +3,7 @@
     python sample.py out/small                                        # 64 files into out/small/samples, and a grid
     python sample.py out/small --prompt cat.png --keep 0.5            # complete the lower half of a picture
     python sample.py out/small --prompt photos --keep 0.25 0.5 0.75 --to completed
-    python sample.py out/video --prompt film.mp4 --keep 0.67          # go on with clips after ten of their fifteen frames
+    python sample.py out/video --prompt film.mp4 --keep 0.67          # go on with clips after ten of fifteen frames
 
 Each file has a seed of its own, (--seed, its number), and does not depend on what is drawn beside it, but for rounding:
 products of larger matrices add up in another order, and between two tokens that are nearly as likely that may decide.
