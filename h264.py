@@ -315,8 +315,7 @@ class H264(Codec):
     def file(self, symbols: np.ndarray) -> bytes:
         """An .mp4 that holds the very slices."""
         out, unit = io.BytesIO(), Fraction(1, self.fps)
-        blank = self._write(np.zeros(self.shape, np.uint8)[:1])
-        with av.open(io.BytesIO(blank), format="h264") as like, av.open(out, "w", format="mp4") as container:
+        with av.open(io.BytesIO(self.blank), format="h264") as like, av.open(out, "w", format="mp4") as container:
             stream = container.add_stream_from_template(like.streams.video[0])
             for number, data in enumerate(self.access_units(bytes(symbols)) or [cavlc.IDR]):
                 packet = av.Packet(data)
@@ -356,14 +355,18 @@ class H264(Codec):
         return Reader(self.macroblocks, self.frames, cavlc.MV_Y[level], self.scene_cuts)
 
     @cached_property
+    def blank(self) -> bytes:
+        """A stream of one black frame, as the encoder writes it: with all that is left out of a sequence."""
+        return self._write(np.zeros(self.shape, np.uint8)[:1])
+
+    @cached_property
     def parameter_sets(self) -> bytes:
         """SPS and PPS (7.3.2.1, 7.3.2.2), the same in every stream of these settings."""
-        blank = self._write(np.zeros(self.shape, np.uint8)[:1])
-        return b"".join(unit for unit in units(blank) if kind_of(unit) in (7, 8))
+        return b"".join(unit for unit in units(self.blank) if kind_of(unit) in (7, 8))
 
     @property
     def encoder(self) -> str:
-        named = re.search(rb"x264 - core \d+", self._write(np.zeros(self.shape, np.uint8)[:1]))
+        named = re.search(rb"x264 - core \d+", self.blank)
         return f"PyAV {av.__version__} with {named[0].decode() if named else 'an unknown x264'}"
 
     def _write(self, pixels: np.ndarray) -> bytes:

@@ -21,6 +21,7 @@ from codec import JPEG
 from data.prepare import cores, prepare
 from h264 import H264
 from plumbing.command import Flags, UserError, run
+from plumbing.draw import moving
 from plumbing.files import write_whole
 from plumbing.run import claim
 
@@ -127,17 +128,14 @@ def alpha(kind: str, radius: int) -> np.ndarray:
 
 def encoded(drawing: np.ndarray, fps: float) -> bytes:
     """A picture (H, W, 3) as the bytes of a PNG, a clip (T, H, W, 3) as those of a moving WebP, both without loss."""
+    if drawing.ndim == 4:
+        return moving(list(map(Image.fromarray, drawing)), fps, lossless=True, quality=0, method=0)
     data = io.BytesIO()
-    if drawing.ndim == 3:
-        Image.fromarray(drawing).save(data, "PNG", compress_level=1)
-    else:
-        first, *more = map(Image.fromarray, drawing)
-        how = {"duration": round(1000 / fps), "loop": 0, "lossless": True, "quality": 0, "method": 0}
-        first.save(data, "WEBP", save_all=True, append_images=more, **how)
+    Image.fromarray(drawing).save(data, "PNG", compress_level=1)
     return data.getvalue()
 
 
-def make(out: Path, count: int = 8000, size: int = 64, moving: bool = False) -> None:
+def make(out: Path, count: int = 8000, size: int = 64, clips: bool = False) -> None:
     """Draw `count` pictures, or clips, and prepare them, unless that is done.  A repeated call continues; of two at
     once, the second waits.  Errors: UserError."""
     if size % CELL or not CELL <= size <= 1024:
@@ -145,7 +143,7 @@ def make(out: Path, count: int = 8000, size: int = 64, moving: bool = False) -> 
     if count < 20:
         raise UserError(f"--count is {count}: choose 20 or more, of which one validates")
     codec, what, suffix, kind = JPEG(size=size), "pictures", ".png", draw
-    if moving:
+    if clips:
         codec, what, suffix, kind = H264(width=size, height=size, fps=10), "clips", ".webp", move
     folder = out.with_name(out.name + "-" + what)
     with claim(out, wait=True):
@@ -157,7 +155,7 @@ def make(out: Path, count: int = 8000, size: int = 64, moving: bool = False) -> 
         prepare(folder, out, codec, vocab=None, validation=0.05, workers=cores())
 
 
-BUILT_IN = {"data/shapes": make, "data/moving": partial(make, count=5000, moving=True)}  # what train.py makes if absent
+BUILT_IN = {"data/shapes": make, "data/moving": partial(make, count=5000, clips=True)}  # what train.py makes if absent
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -68,12 +68,17 @@ def save_image(path: Path, image: Image.Image) -> None:
     write_whole(path, data.getvalue())
 
 
-def save_frames(path_without_suffix: Path, frames: list[Image.Image], fps: float, hold: int = 0, **how: object) -> Path:
-    """Write PATH.webp, which moves, whole; a frame that equals the one before makes that one last longer."""
+def moving(frames: list[Image.Image], fps: float, hold: int = 0, **how: object) -> bytes:
+    """A WebP that moves; a frame that equals the one before makes that one last longer, the last is held."""
     durations, data = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 / fps) + hold], io.BytesIO()
     frames[0].save(data, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0, **how)
+    return data.getvalue()
+
+
+def save_frames(path_without_suffix: Path, frames: list[Image.Image], fps: float, hold: int = 0, **how: object) -> Path:
+    """Write PATH.webp, which moves, whole."""
     path = path_without_suffix.with_name(path_without_suffix.name + ".webp")  # the name may have dots of its own
-    write_whole(path, data.getvalue())
+    write_whole(path, moving(frames, fps, hold, **how))
     return path
 
 

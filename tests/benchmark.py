@@ -492,7 +492,7 @@ def videos() -> None:
             with ProcessPoolExecutor(cores()) as pool:
                 list(pool.map(bare_clips, [paths[i : i + 1] for i in range(40)], [codec] * 40))
 
-        def ours(codec: H264 = codec) -> None:
+        def ours() -> None:
             with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
                 prepare(made, Path(folder) / f"out{next(outs)}", codec, None, 0.05, cores())
 
