@@ -41,16 +41,16 @@ class Grammar(Protocol):
     def to(self, device: object) -> "Grammar": ...  # the same, for states and tokens on a device of torch
     def begin(self, count: int) -> object: ...  # states of so many files, after their start token
     def mask(self, states: object, room: int, exact: Sequence[int] = ()) -> Array: ...  # (B, vocab) True where illegal
-    def accept(self, states: object, tokens: Array, room: int) -> tuple[object, Sequence[int]]: ...  # see below
+    def accept(self, states: object, tokens: Array, room: int | Array) -> tuple[object, Sequence[int]]: ...  # see below
     def positions(self, states: object) -> Array: ...  # (B, F) where in the syntax the next token stands
     def rest(self, states: object) -> Array: ...  # (B,) tokens to the end of the file, at most, by the shortest way
     def walk(self, documents: Sequence[np.ndarray]) -> Walk: ...  # whole documents of tokens, start and end included
     def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Grammar": ...  # of symbols: the same, over pairs too
 
-    # `accept` reads tokens (B,), -1 for none, where they are legal and leave a way to the end within `room`.  The other
-    # rows it leaves as they were, and names those whose token `mask` had left open: but for the rows `exact`, a mask
-    # may know only some of what is illegal, and whoever draws bans what was refused and draws again.  States of a walk
-    # can be sliced like an array (B, T).
+    # `accept` reads tokens (B,), -1 for none, where they are legal and leave a way to the end within `room`, which may
+    # be (B,).  The other rows it leaves as they were, and names those whose token `mask` had left open: but for rows
+    # `exact`, a mask may know only some of what is illegal, and whoever draws bans what was refused and draws again.
+    # States of a walk can be sliced like an array (B, T).
 
 
 def refuse_bad_prompts(grammar: Grammar, prompts: list[np.ndarray], length: int) -> None:
@@ -120,11 +120,11 @@ class Table:
             legal = legal | (self.away[after] + self.cost[states.count[..., None], rule] <= room)
         return ~legal
 
-    def accept(self, states: State, tokens: Array, room: int = FAR - 1) -> tuple[State, tuple]:
+    def accept(self, states: State, tokens: Array, room: int | Array = FAR - 1) -> tuple[State, tuple]:
         """The mask is exact, so of what it leaves open nothing is refused."""
         return self.step(states, tokens, room)[0], ()
 
-    def step(self, states: State, tokens: Array, room: int = FAR - 1) -> tuple[State, Array]:
+    def step(self, states: State, tokens: Array, room: int | Array = FAR - 1) -> tuple[State, Array]:
         """The states after tokens, and whether those were legal; an illegal token leaves the state as it is."""
         local, count, legal = states.local, states.count, False
         for layer in self.layers:
@@ -299,6 +299,14 @@ class Piece(NamedTuple):
     after: object
 
 
+class Spelling(NamedTuple):
+    """In how few tokens a row of bytes to the end of the file can be spelled, from each of its first bytes on, for a
+    token may begin in one unit and end in another."""
+
+    data: bytes  # as many as the longest token has
+    tokens: list[int]  # one more than bytes
+
+
 LONGEST_WAY = 64  # bytes that complete a unit, from wherever one stands in it, at most
 
 
@@ -308,7 +316,8 @@ class Readers:
     `make()` gives a reader of files that are a row of units, each of which can be read again from its place on:
     `stream(place)` is a generator that asks for bytes.  It yields (node, ..., zeros), what the byte goes on with and
     where that stands, as small integers; `node.open()` (256,) are the bytes that may be next.  `place` is where the
-    present unit begins, None after the last; `at` are its numbers, which are positions too.  `way(place, begun)` gives
+    present unit begins, None after the last; `at` are its numbers, which are positions too; `settled` says whether the
+    place after it is the same however it goes on.  `way(place, begun)` gives
     the bytes of a short way to complete a unit, and the place after it; `pieces(data)` cuts bytes into what may be
     units.  A row whose token is refused is set back by reading its unit again.
     """
@@ -327,10 +336,12 @@ class Readers:
             branch.setdefault(expansion[-1], [None, {}])[0] = token
         self.first = np.array([expansion[0] for expansion in self.expansions])
         self.lengths = np.array([*map(len, self.expansions), 0, 0])
+        self.longest = int(self.lengths.max())
+        self.far = LONGEST_WAY + self.longest  # tokens from within a unit, more than from its place on, at most
         self.numbers: dict[tuple[int, int], int] = {}  # by node and zeros, of
         self.legal: list[np.ndarray] = [np.zeros(256, bool)]  # (256,) the bytes that may be next: none after the last
-        self.tails: dict[object, int] = {None: 1}  # tokens from a place to the end of the file
-        self.spelled = lru_cache(1 << 15)(self.fewest_tokens)
+        self.tails: dict[object, Spelling] = {None: Spelling(b"", [1])}  # from a place, the end is a token
+        self.spelled = lru_cache(1 << 15)(self.spell)
         self.piece = lru_cache(1 << 15)(self.read_piece)
         self.exact = lru_cache(1 << 12)(self.exact_mask)
 
@@ -355,13 +366,13 @@ class Readers:
         masks = masks[which.reshape(asks.shape)]
         for number in exact:
             if (row := states[number]).ask is not None:
-                spare = min(room - self.tail(row.reader.place), LONGEST_WAY)
+                spare = None if self.far_off(row, room) else room - self.tail(row.reader.place).tokens[0]
                 masks[number] = self.exact(row.reader.place, bytes(row.begun), spare)
         return self.on_device(masks)
 
-    def accept(self, states: list[Row], tokens: Array, room: int = FAR - 1) -> tuple[list[Row], list[int]]:
-        refused = []
-        for number, token in enumerate(tokens.tolist()):
+    def accept(self, states: list[Row], tokens: Array, room: int | Array = FAR - 1) -> tuple[list[Row], list[int]]:
+        refused, rooms = [], room.tolist() if getattr(room, "ndim", 0) else [room] * len(states)
+        for number, (token, room) in enumerate(zip(tokens.tolist(), rooms, strict=True)):
             row = states[number]
             if token < 0:
                 continue
@@ -421,9 +432,16 @@ class Readers:
                 row.push(byte)
         except Illegal:
             return False
-        if row.ask is not None and row.ask[-1] != 3 and self.tail(row.reader.place) + LONGEST_WAY <= room:
-            return True
-        return self.tokens_to_end(row) <= room
+        return self.fits(row, room)
+
+    def fits(self, row: Row, room: int) -> bool:
+        """Whether a row can end within `room` tokens."""
+        sure = row.ask is not None and row.ask[-1] != 3 and self.far_off(row, room)
+        return sure or self.tokens_to_end(row) <= room
+
+    def far_off(self, row: Row, room: int) -> bool:
+        """Whether `room` is so large that a row has some way to the end, however its unit goes on."""
+        return row.reader.settled and self.tail(row.reader.place).tokens[0] + self.far <= room
 
     def read_file(self, data: bytes) -> tuple[Seen, Row]:
         """The states before each legal byte and after the last, and the row that has read them."""
@@ -480,50 +498,46 @@ class Readers:
         """Tokens of a short way to the end of the file; too many where a row cannot go on."""
         if row.ask is None:
             return 1 - row.ended
-        place, begun = row.reader.place, bytes(row.begun)
+        place, begun, tokens = row.reader.place, bytes(row.begun), 2 * FAR
         if row.ask[-1] != 3:
-            return self.tokens_by(*self.guide.way(place, begun))
+            return self.spelled(*self.guide.way(place, begun)).tokens[0]
         for byte in range(4):  # one of these is due, but none may be legal
             with suppress(Illegal):
                 self.read_again(place, begun + bytes([byte]))
                 way, after = self.guide.way(place, begun + bytes([byte]))
-                return self.tokens_by(bytes([byte]) + way, after)
-        return 2 * FAR
-
-    def tokens_by(self, way: bytes, after: object) -> int:
-        return self.spelled(way) + self.tail(after)
-
-    def tail(self, place: object) -> int:
-        """Tokens of the shortest units from a place to the end of the file, and of the end."""
-        units = []
-        while place not in self.tails:
-            way, after = self.guide.way(place, b"")
-            units.append((place, self.spelled(way)))
-            place = after
-        tokens = self.tails[place]
-        for begun, more in reversed(units):
-            tokens += more
-            self.tails[begun] = tokens
+                tokens = min(tokens, self.spelled(bytes([byte]) + way, after).tokens[0])
         return tokens
 
-    def fewest_tokens(self, data: bytes) -> int:
-        """That spell bytes.  Of what is left after the first of them it is one less, so the way ends as promised."""
-        fewest = [0] * (len(data) + 1)
+    def tail(self, place: object) -> Spelling:
+        """The shortest units from a place to the end of the file, and the end."""
+        units, at = [], place
+        while at not in self.tails:
+            units.append((at, *self.guide.way(at, b"")))
+            at = units[-1][-1]
+        for begun, way, after in reversed(units):
+            self.tails[begun] = self.spell(way, after)
+        return self.tails[place]
+
+    def spell(self, data: bytes, after: object) -> Spelling:
+        """Bytes, and the shortest units from a place on.  Of what is left after the first token it is one less, so the
+        way ends as promised."""
+        tail = self.tail(after)
+        whole, fewest = data + tail.data, [0] * len(data) + tail.tokens
         for at in range(len(data) - 1, -1, -1):
             branch, fewest[at] = self.trie, 1 + fewest[at + 1]
-            for end in range(at, len(data)):
-                if data[end] not in branch:
+            for end in range(at, len(whole)):
+                if whole[end] not in branch:
                     break
-                token, branch = branch[data[end]]
+                token, branch = branch[whole[end]]
                 if token is not None:
                     fewest[at] = min(fewest[at], 1 + fewest[end + 1])
-        return fewest[0]
+        return Spelling(whole[: self.longest], fewest[: self.longest + 1])
 
-    def exact_mask(self, place: object, begun: bytes, spare: int) -> np.ndarray:
+    def exact_mask(self, place: object, begun: bytes, spare: int | None) -> np.ndarray:
         """(vocab,) True for the tokens that are illegal, or leave no way to the end within `spare` more tokens than the
-        shortest units from the place on take."""
+        shortest units from the place on take; None is without limit."""
         mask = np.ones(self.start + 2, bool)
-        room = self.tail(place) + spare if spare < LONGEST_WAY else FAR - 1
+        room = FAR - 1 if spare is None else self.tail(place).tokens[0] + spare
 
         def descend(row: Row, branch: dict[int, list]) -> None:
             legal = self.legal[self.look(row)[0]]
@@ -533,7 +547,7 @@ class Readers:
                 after = self.read_again(row.reader.place, row.begun)
                 if self.read(after, bytes([byte]), FAR - 1):
                     if token is not None:
-                        mask[token] = self.tokens_to_end(after) > room
+                        mask[token] = not self.fits(after, room)
                     descend(after, below)
 
         descend(self.read_again(place, begun), self.trie)

@@ -67,7 +67,7 @@ class Reader:
 
     def __init__(self, macroblocks: int, frames: int, rows: int, scene_cuts: bool):
         self.macroblocks, self.frames, self.rows, self.scene_cuts = macroblocks, frames, rows, scene_cuts
-        self.bits, self.zeros, self.at, self.place = [], 0, (0, 0), Place()
+        self.bits, self.zeros, self.at, self.place, self.settled = [], 0, (0, 0), Place(), False
 
     def stream(self, place: Place | None) -> Generator[tuple, int, None]:  # B.1.1, 7.3.1
         """Asks for the bytes from the start of a slice on."""
@@ -86,6 +86,7 @@ class Reader:
 
     def slice(self, slice, number, idr, kind):  # 7.3.2.8
         self.at = frame, first = divmod(slice, self.macroblocks)
+        self.settled = first > 0 or not self.scene_cuts  # else its kind is still open
         if first:
             nals, kinds = (cavlc.IDR if kind == "IDR" else cavlc.OTHER,), (kind,)
         else:

@@ -100,7 +100,8 @@ def draw(
     banned = grammar.mask(states, room) & (not sampling.free)
     tokens = choose(logits.masked_fill(banned, -math.inf), dice.first[:, at], sampling)
     tokens = torch.where(forced >= 0, forced, tokens)
-    states, refused = grammar.accept(states, tokens, FAR - 1 if sampling.free else room)
+    rooms = torch.where((forced >= 0) | sampling.free, FAR - 1, room)  # what is given need not take the shortest way
+    states, refused = grammar.accept(states, tokens, rooms)
     tries = 0
     while len(refused) and not sampling.free:
         rows, tries = list(refused), tries + 1

@@ -83,14 +83,14 @@ class Config(ModelConfig):
 
 
 SYNTAX = partial(Config, syntax=True)
-MOVING = partial(SYNTAX, data="data/moving", samples=16, steps=2200, every=1100)
+MOVING = partial(SYNTAX, data="data/moving", samples=16, steps=2400, every=1200)
 PAPER = partial(Config, context=12_288, lr=3e-4, warmup=2000, steps=36_240, batch=512, micro=1, save_every=50)
 LARGE = partial(PAPER, samples=1, compile=True, recompute=True)
 LONG = {"steps": 20_000, "every": 1000}
 CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning rate are the paper's, the rest is ours
     "tiny":  SYNTAX(dim=64, layers=2, heads=2, kv_heads=2, hidden=176, context=512, steps=200, every=100, lr=3e-3),
     "small": SYNTAX(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, batch=2, lr=3e-3),
-    "video": MOVING(dim=128, layers=4, heads=4, kv_heads=4, hidden=344, context=1024, batch=2, lr=3e-3),
+    "video": MOVING(dim=128, layers=4, heads=4, kv_heads=4, hidden=344, context=640, lr=3e-3),
     "base":  SYNTAX(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, **LONG),
     "1b":    LARGE(dim=2048, layers=16, heads=32, kv_heads=8, hidden=8192),
     "7b":    LARGE(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),

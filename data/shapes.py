@@ -10,7 +10,8 @@ them.
 
 import io
 import math
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -97,25 +98,42 @@ def draw(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
 
 
 LIGHT, DARK = GROUNDS[:3], [COLOURS[name] for name in COLOURS if name != "yellow"]  # motion is found by brightness
-SMALL = 8  # pixels: radius of shapes that move
-GRID = 8  # pixels, to which the middle of a shape is aligned at first, as shapes are to MCUs above
-STEPS = [(-2, 0), (2, 0), (0, -2), (0, 2)]  # pixels a frame: one of the halved colours
+SMALL = 8  # pixels: radius of shapes that move, which begin where a macroblock lies
+STEP = 2  # pixels a frame: one of the halved colours
+
+
+@cache
+def paths(size: int) -> list[tuple[int, int, int, int]]:
+    """Axis and direction in which a shape may move, and the macroblock where it begins, not against an edge."""
+    cells = range(size // (2 * SMALL))
+    ways = product((0, 1), (-1, 1), cells, cells)
+    return [(axis, step, *cell) for axis, step, *cell in ways if cell[axis] + step in cells]
+
+
+def movable(size: int) -> int:
+    """How many clips there are, all different."""
+    return len(OUTLINES) * len(LIGHT) * len(DARK) * len(paths(size))
+
+
+@cache
+def order(size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(movable(size))
 
 
 def move(index: int, size: int = 64, frames: int = 15, seed: int = 0) -> np.ndarray:
     """Clip number `index`, (frames, size, size, 3) uint8: a shape that goes on by the same whole pixels a frame, and
-    back from the edges.  A function of its arguments alone."""
-    rng = np.random.default_rng([seed, index])
-    clip = np.full((frames, size, size, 3), LIGHT[rng.integers(len(LIGHT))], np.float32)
-    cover = alpha(list(OUTLINES)[rng.integers(len(OUTLINES))], SMALL)
-    colour = np.float32(DARK[rng.integers(len(DARK))])
-    begin = GRID * rng.integers(2, size // GRID - 1, 2)  # down and to the right, its middle
-    step = np.array(STEPS[rng.integers(len(STEPS))])
-    span = size - 2 * SMALL
+    back from the edges.  A function of its arguments alone; no two below `movable(size)` are alike."""
+    counts = len(OUTLINES), len(LIGHT), len(DARK), len(paths(size))
+    kind, ground, colour, path = np.unravel_index(order(size, seed)[index], counts)
+    axis, direction, *begin = paths(size)[path]
+    clip = np.full((frames, size, size, 3), LIGHT[ground], np.float32)
+    cover, span = alpha(list(OUTLINES)[kind], SMALL), size - 2 * SMALL
     for time, frame in enumerate(clip):
-        y, x = span - abs((begin - SMALL + time * step) % (2 * span) - span)
+        at = 2 * SMALL * np.array(begin)
+        at[axis] += time * STEP * direction
+        y, x = span - abs(at % (2 * span) - span)
         part = frame[y : y + 2 * SMALL, x : x + 2 * SMALL]
-        part += cover * (colour - part)
+        part += cover * (np.float32(DARK[colour]) - part)
     return clip.round().astype(np.uint8)
 
 
@@ -135,16 +153,18 @@ def encoded(drawing: np.ndarray, fps: float) -> bytes:
     return data.getvalue()
 
 
-def make(out: Path, count: int = 8000, size: int = 64, clips: bool = False) -> None:
+def make(out: Path, count: int | None = None, size: int = 64, clips: bool = False) -> None:
     """Draw `count` pictures, or clips, and prepare them, unless that is done.  A repeated call continues; of two at
     once, the second waits.  Errors: UserError."""
     if size % CELL or not CELL <= size <= 1024:
         raise UserError(f"--size is {size}: choose a multiple of {CELL} pixels to 1024, one shape to a cell of them")
-    if count < 20:
-        raise UserError(f"--count is {count}: choose 20 or more, of which one validates")
-    codec, what, suffix, kind = JPEG(size=size), "pictures", ".png", draw
+    codec, what, suffix, kind, usual, most = JPEG(size=size), "pictures", ".png", draw, 8000, 10**9
     if clips:
-        codec, what, suffix, kind = H264(width=size, height=size, fps=10), "clips", ".webp", move
+        codec, what, suffix, kind, most = H264(width=size, height=size, fps=10), "clips", ".webp", move, movable(size)
+        usual = min(5000, most)
+    count = usual if count is None else count
+    if not 20 <= count <= most:
+        raise UserError(f"--count is {count}: choose 20, of which one validates, to {most}")
     folder = out.with_name(out.name + "-" + what)
     with claim(out, wait=True):
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +175,7 @@ def make(out: Path, count: int = 8000, size: int = 64, clips: bool = False) -> N
         prepare(folder, out, codec, vocab=None, validation=0.05, workers=cores())
 
 
-BUILT_IN = {"data/shapes": make, "data/moving": partial(make, count=5000, clips=True)}  # what train.py makes if absent
+BUILT_IN = {"data/shapes": make, "data/moving": partial(make, clips=True)}  # what train.py makes if absent
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -163,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "out", type=Path, nargs="?", default=Path("data/shapes"), help="data folder (default: data/shapes)"
     )
-    parser.add_argument("--count", type=int, default=8000, help="how many pictures (default: 8000)")
+    parser.add_argument("--count", type=int, help="how many pictures (default: 8000), or clips (default: 5000)")
     parser.add_argument("--size", type=int, default=64, help="pixels, both ways (default: 64)")
     parser.add_argument("--moving", action="store_true", help="clips of 15 frames, 10 a second, as H.264")
     flags = parser.parse(arguments)

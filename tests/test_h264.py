@@ -339,6 +339,18 @@ def test_prompts_are_refused_where_they_begin_no_clip_or_leave_no_room():
     assert walk.rest[0] > 20 and walk.rest[2] == 1 and walk.rest[3] == 0
 
 
+@pytest.mark.parametrize("codec", [TINY, CUTS])
+def test_a_prompt_comes_back_though_from_its_midst_no_short_way_would_fit(codec):
+    tokenizer = tokens_of(codec, 1000)
+    model = Llama(ModelConfig(vocab=tokenizer.vocab, context=4000, dim=16, layers=1, heads=1, kv_heads=1, hidden=16))
+    model.init_weights(0)
+    for clip in clips(codec, 12, seed=3)[2:12:4]:  # noisy ones
+        tokens = tokenizer.encode([codec.encode(clip)])[0]
+        prompts, how = [tokens[:1], tokens[:-1]], Sampling(length=len(tokens))
+        begun, whole = generate(model, tokenizer, prompts, [(0, 0), (0, 1)], how)
+        assert np.array_equal(whole, tokens) and codec.check(tokenizer.decode(begun)) is None
+
+
 def test_places_of_nodes_do_not_depend_on_what_is_read_first():
     script = (
         "import cavlc; {}; n = lambda t, p: [t] if type(t) is not cavlc.Node else [t.id, *n(t[0], p), *n(t[1], p)]\n"

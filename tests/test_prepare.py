@@ -291,3 +291,11 @@ def test_learning_pairs_has_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     learn_pairs(JPEG(size=32), [JPEG(size=32).encode(draw(i, 32)) for i in range(9)], 300)
     assert "pairs: " in sys.stderr.getvalue() and "/42" in sys.stderr.getvalue()
+
+
+def test_no_two_clips_of_moving_shapes_are_alike():
+    count = shapes.movable(32)
+    drawn = [{shapes.move(i, 32, 3, seed).tobytes(): i for i in range(count)} for seed in (0, 1)]
+    assert len(drawn[0]) == count == 960 and drawn[0].keys() == drawn[1].keys() and drawn[0] != drawn[1]
+    with pytest.raises(UserError, match="--count is 961: .* to 960"):
+        shapes.make(Path("never"), 961, 32, clips=True)
