@@ -83,7 +83,7 @@ class Config(ModelConfig):
 
 
 SYNTAX = partial(Config, syntax=True)
-MOVING = partial(SYNTAX, data="data/moving", samples=16, steps=2400, every=1200)
+MOVING = partial(SYNTAX, data="data/moving", samples=16, steps=1900, every=950)
 PAPER = partial(Config, context=12_288, lr=3e-4, warmup=2000, steps=36_240, batch=512, micro=1, save_every=50)
 LARGE = partial(PAPER, samples=1, compile=True, recompute=True)
 LONG = {"steps": 20_000, "every": 1000}
