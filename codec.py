@@ -379,6 +379,26 @@ class Tokenizer:
         stream = np.frombuffer(text.encode("utf-16-le"), "<u2").astype(np.uint16)
         return stream, np.diff(np.flatnonzero(stream == self.start), append=len(stream))
 
+    def prompt(self, symbols: np.ndarray) -> tuple[np.ndarray, bytes]:
+        """Start and the first tokens (n,) of a file that begins with symbols, and the bytes of the symbols behind them.
+
+        Into which tokens these go is decided by what follows: spelled as if the file ended there, they are something
+        that the model has hardly ever seen.
+        """
+        tokens = self.encode([symbols])[0][:-1]
+        ends = np.cumsum([0, *(len(self.expansions[token]) for token in tokens[1:])])
+        sure = np.searchsorted(ends, max(0, len(symbols) - max(map(len, self.expansions)) + 1), "right")
+        return tokens[:sure], symbols[ends[sure - 1] :].tobytes()
+
+    def clashes(self, due: bytes) -> np.ndarray:
+        """(vocab,) True for the tokens that neither begin with the bytes of some symbols nor are the first of them."""
+        return np.array([not (each.startswith(due) or due.startswith(each)) for each in self.spellings] + [True, True])
+
+    @cached_property
+    def spellings(self) -> list[bytes]:
+        """The bytes of the symbols that each token stands for."""
+        return [symbols.tobytes() for symbols in self.expansions]
+
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """The symbols of one document's tokens, up to its end if it has one."""
         ends = np.flatnonzero(tokens == self.end)

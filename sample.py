@@ -86,32 +86,69 @@ class Dice:
         return self.first.new_tensor([self.files[row].random() for row in rows])
 
 
+class Due:
+    """The last symbols of each prompt, which a token may take in together with what is drawn after them."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: list[np.ndarray], symbols: Sequence[bytes]):
+        self.tokenizer, self.begin, self.left = tokenizer, [*map(len, prompts)], [*symbols]
+
+    def rows(self, at: int) -> list[int]:
+        """Where a token that stands at `at` must spell some."""
+        return [row for row, left in enumerate(self.left) if left and self.begin[row] <= at]
+
+    def clashes(self, rows: list[int], device: torch.device) -> Tensor:
+        return torch.from_numpy(np.stack([self.tokenizer.clashes(self.left[row]) for row in rows])).to(device)
+
+    def after(self, row: int, token: Tensor) -> bytes:
+        """What is left after a token."""
+        return self.left[row][len(self.tokenizer.spellings[token]) :]
+
+
 BANS = 16  # refusals of a token, after which it pays to ask for all that are legal
 
 
 def draw(
-    grammar: Grammar, states: object, logits: Tensor, forced: Tensor, at: int, room: int, dice: Dice, sampling: Sampling
+    grammar: Grammar,
+    states: object,
+    logits: Tensor,
+    forced: Tensor,
+    at: int,
+    room: int,
+    dice: Dice,
+    sampling: Sampling,
+    due: Due,
 ) -> tuple[Tensor, object]:
     """The token that stands at `at` in each file (B,), drawn unless `forced` (not -1), and the states after them.
 
     Mask what is known to be illegal, draw, ask, ban what was refused and draw again: that is drawing from what is
     legal.
     """
-    banned = grammar.mask(states, room) & (not sampling.free)
+    banned, spelling = grammar.mask(states, room) & (not sampling.free), due.rows(at)
+    if spelling:
+        banned[spelling] |= due.clashes(spelling, banned.device)
+
+    def rooms(tokens: Tensor) -> Tensor:
+        """What is given need not take the shortest way to the end."""
+        given = (forced >= 0) | sampling.free
+        for row in spelling:
+            given[row] = bool(due.after(row, tokens[row])) | sampling.free
+        return torch.where(given, FAR - 1, room)
+
     tokens = choose(logits.masked_fill(banned, -math.inf), dice.first[:, at], sampling)
     tokens = torch.where(forced >= 0, forced, tokens)
-    rooms = torch.where((forced >= 0) | sampling.free, FAR - 1, room)  # what is given need not take the shortest way
-    states, refused = grammar.accept(states, tokens, rooms)
+    states, refused = grammar.accept(states, tokens, rooms(tokens))
     tries = 0
     while len(refused) and not sampling.free:
         rows, tries = list(refused), tries + 1
         banned[rows, tokens[rows]] = True
-        if tries == BANS:
-            banned[rows] = grammar.mask(states, room, exact=rows)[rows]
+        if tries == BANS and (drawing := [row for row in rows if row not in spelling]):
+            banned[drawing] = grammar.mask(states, room, exact=drawing)[drawing]
         again = torch.full_like(tokens, -1)  # which reads nothing
         again[rows] = choose(logits[rows].masked_fill(banned[rows], -math.inf), dice.more(rows), sampling)
         tokens[rows] = again[rows]
-        states, refused = grammar.accept(states, again, room)
+        states, refused = grammar.accept(states, again, rooms(again))
+    for row in spelling:
+        due.left[row] = due.after(row, tokens[row])
     return tokens, states
 
 
@@ -129,23 +166,28 @@ def generate(
     seeds: list[tuple[int, int]],
     sampling: Sampling = Sampling(),  # noqa: B008
     all_done: Callable[[Tensor], Tensor] = torch.all,
+    due: Sequence[bytes] = (),
 ) -> list[np.ndarray]:
     """Continue each prompt, tokens (n,), to the end of a whole valid file of `length` tokens (the context) at most.
 
     Only tokens that the grammar allows are drawn; if `free`, all are, and the length may cut the file.  The prompts
-    may differ in length: where one is longer than the others, its tokens take the place of those drawn.  `all_done`
-    says whether all files (B,) have ended; processes that share a model must agree.
+    may differ in length: where one is longer than the others, its tokens take the place of those drawn.  Behind each
+    the bytes of the symbols that are `due` come first, as `Tokenizer.prompt` gives them.  `all_done` says whether all
+    files (B,) have ended; processes that share a model must agree.
     """
+    due = due or [b""] * len(prompts)
     device, length = model.lm_head.weight.device, min(sampling.length or FAR, model.config.context)
     given = min(length, *map(len, prompts))
     if not sampling.free:
-        refuse_bad_prompts(tokenizer.grammar, prompts, length)
+        ends = [np.frombuffer(each, tokenizer.dtype) for each in due]  # symbols are tokens too
+        refuse_bad_prompts(tokenizer.grammar, [*map(np.append, prompts, ends)], length)
     written = torch.full((len(prompts), length), -1, dtype=torch.long)
     for row, prompt in zip(written, prompts, strict=True):
         row[: len(prompt)] = torch.from_numpy(prompt[:length].astype(np.int64))
     written, dice, grammar = written.to(device), Dice(seeds, length, device), grammar_on(device, tokenizer)
     cache, done = Cache(model.config, len(prompts), length), torch.zeros(len(prompts), dtype=torch.bool, device=device)
 
+    left = Due(tokenizer, prompts, due)
     states = grammar.begin(len(prompts))
     syntax = [grammar.positions(states)]
     for at in range(1, given):
@@ -154,7 +196,7 @@ def generate(
     logits = model(written[:, :given], torch.stack(syntax, 1), cache)[:, -1]
     for at in range(given, length):
         forced = torch.where(written[:, at] >= 0, written[:, at], torch.where(done, tokenizer.end, -1))
-        tokens, states = draw(grammar, states, logits, forced, at, length - 1 - at, dice, sampling)
+        tokens, states = draw(grammar, states, logits, forced, at, length - 1 - at, dice, sampling, left)
         written[:, at] = tokens
         done |= tokens == tokenizer.end
         if at % 16 == 0 and all_done(done):  # asking every step would make a GPU wait
@@ -183,8 +225,9 @@ def write(to: Path, model: Llama, tokenizer: Tokenizer, kept: float, prompts: li
     sampling = Sampling(**{each.name: settings[each.name] for each in fields(Sampling)})
     with tqdm(None, str(to), len(paths), initial=len(paths) - len(waiting), unit=" files", disable=None) as bar:
         for numbers in chunks(waiting, batch):
-            begun = [tokenizer.encode([prompts[i]])[0][:-1] for i in numbers]  # all but the end
-            rows = generate(model, tokenizer, begun, [(settings["seed"], i) for i in numbers], sampling)
+            begun, due = zip(*(tokenizer.prompt(prompts[i]) for i in numbers), strict=True)
+            seeds = [(settings["seed"], i) for i in numbers]
+            rows = generate(model, tokenizer, [*begun], seeds, sampling, due=due)
             write_json(to / "samples.json", settings)  # now that there is something to note
             for i, row in zip(numbers, rows, strict=True):
                 symbols = tokenizer.decode(row)

@@ -85,11 +85,12 @@ def documents(stream: Stream, tokenizer: Tokenizer, count: int) -> list[np.ndarr
 
 def write(model: Llama, tokenizer: Tokenizer, prompts: list, seed: int, what: str, how: Sampling) -> list[np.ndarray]:
     """The symbols of the files that the model writes after prompts of symbols."""
-    begun, rows = [tokenizer.encode([prompt])[0][:-1] for prompt in prompts], []
+    begun, rows = [tokenizer.prompt(prompt) for prompt in prompts], []
     with tqdm(None, what, unit=" tokens", disable=None) as bar:
         count = lambda done: (bar.update(16 * int((~done).sum())), done.all())[1]  # noqa: E731, asked after every 16
         for numbers in chunks(range(len(begun)), at_once(model, model.config.context)):
-            rows += generate(model, tokenizer, [begun[i] for i in numbers], [(seed, i) for i in numbers], how, count)
+            tokens, due = zip(*(begun[i] for i in numbers), strict=True)
+            rows += generate(model, tokenizer, [*tokens], [(seed, i) for i in numbers], how, count, due)
     return [tokenizer.decode(row) for row in rows]
 
 

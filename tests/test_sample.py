@@ -10,9 +10,13 @@ from PIL import Image
 
 import sample
 from codec import JPEG, Pixels, load_tokenizer
+from data.pairs import learn_pairs
 from data.prepare import prepare
-from data.shapes import draw
+from data.shapes import draw, move
+from h264 import H264
+from model import Llama, ModelConfig
 from plumbing.command import UserError
+from sample import Sampling, generate
 from tests.conftest import RUN, command
 from train import parse, train
 
@@ -208,6 +212,45 @@ def test_damaged_settings_beside_samples_are_named(content, write, tmp_path):
 
 
 # --- a file and those beside it -------------------------------------------------------------------------------------
+
+
+CLIP = H264(width=32, height=48, frames=5, fps=10)
+SOURCES = [
+    (JPEG(size=32), 400, lambda i: draw(i, 32)),
+    (CLIP, 700, lambda i: move(i, 64, 5)[:, 16:, 16:48]),
+    (Pixels(size=8, colours=0), 300, lambda i: draw(i, 32)[12:20, 12:20]),
+]
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda source: source[0].name)
+def cut(request) -> tuple:
+    """A tokenizer, files, and where each is to be cut."""
+    codec, vocab, drawn = request.param
+    files = [codec.encode(drawn(i)) for i in range(60)]
+    tokenizer, rng = learn_pairs(codec, files[:40], vocab), np.random.default_rng(0)
+    return tokenizer, [(file, int(rng.integers(len(file)))) for file in files]
+
+
+def test_the_tokens_of_a_prompt_are_those_of_every_file_that_begins_with_it(cut):
+    tokenizer, files = cut
+    longest = max(map(len, tokenizer.spellings))
+    for file, end in files:
+        tokens, due = tokenizer.prompt(file[:end])
+        assert np.array_equal(tokenizer.encode([file])[0][: len(tokens)], tokens) and len(due) < 2 * longest
+        assert tokenizer.decode(tokens).tobytes() + due == file[:end].tobytes()
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_prompt_comes_back_wherever_it_is_cut(free, cut):
+    tokenizer, files = cut
+    shape = {"dim": 16, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 16}
+    model = Llama(ModelConfig(vocab=tokenizer.vocab, context=1200, **shape))
+    model.init_weights(0)
+    begun, due = zip(*(tokenizer.prompt(file[:end]) for file, end in files[:24]), strict=True)
+    how, seeds = Sampling(temperature=2.0, free=free), [(0, i) for i in range(24)]
+    rows = [tokenizer.decode(row) for row in generate(model, tokenizer, [*begun], seeds, how, due=due)]
+    for row, (file, end) in zip(rows, files, strict=False):
+        assert np.array_equal(row[:end], file[:end]) and (free or tokenizer.codec.check(row) is None)
 
 
 def test_a_file_hardly_depends_on_its_batch(finished, tmp_path):
