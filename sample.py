@@ -152,6 +152,21 @@ def draw(
     return tokens, states
 
 
+def fitted(
+    tokenizer: Tokenizer, prompts: list[np.ndarray], due: Sequence[bytes], length: int
+) -> tuple[list[np.ndarray], list[bytes]]:
+    """Prompts and what is due behind them, nothing where that would leave no way to the end, symbol by symbol: there it
+    is spelled as if the file ended.  Errors: UserError, of a prompt that begins no valid file of `length` tokens."""
+    symbols = lambda due: [np.frombuffer(each, tokenizer.dtype) for each in due]  # noqa: E731, they are tokens too
+    prompts, due, whole = [*prompts], [*due], [*map(np.append, prompts, symbols(due))]
+    tight = tokenizer.grammar.walk(whole).rest > length - np.array([*map(len, whole)])
+    for row in np.flatnonzero(tight):
+        prompts[row] = np.append(prompts[row], tokenizer.encode(symbols([due[row]]))[0][1:-1])
+        due[row] = b""
+    refuse_bad_prompts(tokenizer.grammar, [*map(np.append, prompts, symbols(due))], length)
+    return prompts, due
+
+
 @lru_cache(2)
 def grammar_on(device: torch.device, tokenizer: Tokenizer) -> Grammar:
     return tokenizer.grammar.to(device)
@@ -177,10 +192,9 @@ def generate(
     """
     due = due or [b""] * len(prompts)
     device, length = model.lm_head.weight.device, min(sampling.length or FAR, model.config.context)
-    given = min(length, *map(len, prompts))
     if not sampling.free:
-        ends = [np.frombuffer(each, tokenizer.dtype) for each in due]  # symbols are tokens too
-        refuse_bad_prompts(tokenizer.grammar, [*map(np.append, prompts, ends)], length)
+        prompts, due = fitted(tokenizer, prompts, due, length)
+    given = min(length, *map(len, prompts))
     written = torch.full((len(prompts), length), -1, dtype=torch.long)
     for row, prompt in zip(written, prompts, strict=True):
         row[: len(prompt)] = torch.from_numpy(prompt[:length].astype(np.int64))

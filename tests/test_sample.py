@@ -253,6 +253,17 @@ def test_a_prompt_comes_back_wherever_it_is_cut(free, cut):
         assert np.array_equal(row[:end], file[:end]) and (free or tokenizer.codec.check(row) is None)
 
 
+def test_a_prompt_is_taken_where_the_length_just_leaves_a_way_to_the_end(cut):
+    tokenizer, files = cut
+    model = Llama(ModelConfig(vocab=tokenizer.vocab, context=1200, dim=16, layers=1, heads=1, kv_heads=1, hidden=16))
+    model.init_weights(0)
+    for file, end in files[:6]:
+        head, (begun, due) = tokenizer.encode([file[:end]])[0][:-1], tokenizer.prompt(file[:end])
+        how = Sampling(length=len(head) + int(tokenizer.grammar.walk([head]).rest[0]))
+        row = tokenizer.decode(generate(model, tokenizer, [begun], [(0, 0)], how, due=[due])[0])
+        assert np.array_equal(row[:end], file[:end]) and tokenizer.codec.check(row) is None
+
+
 def test_a_file_hardly_depends_on_its_batch(finished, tmp_path):
     """But for ties, which rounding may decide."""
     for batch in (1, 20):
