@@ -53,9 +53,8 @@ class Grammar(Protocol):
     # States of a walk can be sliced like an array (B, T).
 
 
-def refuse_bad_prompts(grammar: Grammar, prompts: list[np.ndarray], length: int) -> None:
+def refuse_bad_prompts(walk: Walk, prompts: list[np.ndarray], length: int) -> None:
     """Refuse prompts that begin no valid file, or none that can end within `length` tokens.  Errors: UserError."""
-    walk = grammar.walk(prompts)
     for number, (prompt, illegal, rest) in enumerate(zip(prompts, walk.illegal, walk.rest, strict=True)):
         if illegal < len(prompt):
             where, advice = f"token {illegal} of {len(prompt)}", "encode it as the model's data, or pass --free"
@@ -317,9 +316,9 @@ class Readers:
     `stream(place)` is a generator that asks for bytes.  It yields (node, ..., zeros), what the byte goes on with and
     where that stands, as small integers; `node.open()` (256,) are the bytes that may be next.  `place` is where the
     present unit begins, None after the last; `at` are its numbers, which are positions too; `settled` says whether the
-    place after it is the same however it goes on.  `way(place, begun)` gives
-    the bytes of a short way to complete a unit, and the place after it; `pieces(data)` cuts bytes into what may be
-    units.  A row whose token is refused is set back by reading its unit again.
+    place after it is the same however it goes on.  `way(place, begun)` gives the bytes of a short way to complete a
+    unit, and the place after it; `pieces(data)` cuts bytes into what may be units.  A row whose token is refused is set
+    back by reading its unit again.
     """
 
     def __init__(self, make: Callable, sizes: tuple[int, ...], merges: Sequence = (), device: object = None):

@@ -89,7 +89,7 @@ class Dice:
 class Due:
     """The last symbols of each prompt, which a token may take in together with what is drawn after them."""
 
-    def __init__(self, tokenizer: Tokenizer, prompts: list[np.ndarray], symbols: Sequence[bytes]):
+    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], symbols: Sequence[bytes]):
         self.tokenizer, self.begin, self.left = tokenizer, [*map(len, prompts)], [*symbols]
 
     def rows(self, at: int) -> list[int]:
@@ -130,8 +130,7 @@ def draw(
     def rooms(tokens: Tensor) -> Tensor:
         """What is given need not take the shortest way to the end."""
         given = (forced >= 0) | sampling.free
-        for row in spelling:
-            given[row] = bool(due.after(row, tokens[row])) | sampling.free
+        given[[row for row in spelling if due.after(row, tokens[row])]] = True
         return torch.where(given, FAR - 1, room)
 
     tokens = choose(logits.masked_fill(banned, -math.inf), dice.first[:, at], sampling)
@@ -153,17 +152,18 @@ def draw(
 
 
 def fitted(
-    tokenizer: Tokenizer, prompts: list[np.ndarray], due: Sequence[bytes], length: int
+    tokenizer: Tokenizer, prompts: Sequence[np.ndarray], due: Sequence[bytes], length: int
 ) -> tuple[list[np.ndarray], list[bytes]]:
     """Prompts and what is due behind them, nothing where that would leave no way to the end, symbol by symbol: there it
     is spelled as if the file ended.  Errors: UserError, of a prompt that begins no valid file of `length` tokens."""
-    symbols = lambda due: [np.frombuffer(each, tokenizer.dtype) for each in due]  # noqa: E731, they are tokens too
-    prompts, due, whole = [*prompts], [*due], [*map(np.append, prompts, symbols(due))]
-    tight = tokenizer.grammar.walk(whole).rest > length - np.array([*map(len, whole)])
-    for row in np.flatnonzero(tight):
-        prompts[row] = np.append(prompts[row], tokenizer.encode(symbols([due[row]]))[0][1:-1])
+    ends = [np.frombuffer(each, tokenizer.dtype) for each in due]  # symbols are tokens too
+    prompts, due, whole = [*prompts], [*due], [*map(np.append, prompts, ends)]
+    walk = tokenizer.grammar.walk(whole)
+    tight = np.flatnonzero(walk.rest > length - np.array([*map(len, whole)]))
+    for row in tight:
+        prompts[row] = whole[row] = np.append(prompts[row], tokenizer.encode([ends[row]])[0][1:-1])
         due[row] = b""
-    refuse_bad_prompts(tokenizer.grammar, [*map(np.append, prompts, symbols(due))], length)
+    refuse_bad_prompts(tokenizer.grammar.walk(whole) if len(tight) else walk, whole, length)
     return prompts, due
 
 
@@ -177,7 +177,7 @@ def grammar_on(device: torch.device, tokenizer: Tokenizer) -> Grammar:
 def generate(
     model: Llama,
     tokenizer: Tokenizer,
-    prompts: list[np.ndarray],
+    prompts: Sequence[np.ndarray],
     seeds: list[tuple[int, int]],
     sampling: Sampling = Sampling(),  # noqa: B008
     all_done: Callable[[Tensor], Tensor] = torch.all,
@@ -241,7 +241,7 @@ def write(to: Path, model: Llama, tokenizer: Tokenizer, kept: float, prompts: li
         for numbers in chunks(waiting, batch):
             begun, due = zip(*(tokenizer.prompt(prompts[i]) for i in numbers), strict=True)
             seeds = [(settings["seed"], i) for i in numbers]
-            rows = generate(model, tokenizer, [*begun], seeds, sampling, due=due)
+            rows = generate(model, tokenizer, begun, seeds, sampling, due=due)
             write_json(to / "samples.json", settings)  # now that there is something to note
             for i, row in zip(numbers, rows, strict=True):
                 symbols = tokenizer.decode(row)

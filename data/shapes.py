@@ -158,11 +158,11 @@ def make(out: Path, count: int | None = None, size: int = 64, clips: bool = Fals
     once, the second waits.  Errors: UserError."""
     if size % CELL or not CELL <= size <= 1024:
         raise UserError(f"--size is {size}: choose a multiple of {CELL} pixels to 1024, one shape to a cell of them")
-    codec, what, suffix, kind, usual, most = JPEG(size=size), "pictures", ".png", draw, 8000, 10**9
     if clips:
         codec, what, suffix, kind, most = H264(width=size, height=size, fps=10), "clips", ".webp", move, movable(size)
-        usual = min(5000, most)
-    count = usual if count is None else count
+    else:
+        codec, what, suffix, kind, most = JPEG(size=size), "pictures", ".png", draw, 10**9
+    count = min(5000 if clips else 8000, most) if count is None else count
     if not 20 <= count <= most:
         raise UserError(f"--count is {count}: choose 20, of which one validates, to {most}")
     folder = out.with_name(out.name + "-" + what)

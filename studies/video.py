@@ -90,7 +90,7 @@ def write(model: Llama, tokenizer: Tokenizer, prompts: list, seed: int, what: st
         count = lambda done: (bar.update(16 * int((~done).sum())), done.all())[1]  # noqa: E731, asked after every 16
         for numbers in chunks(range(len(begun)), at_once(model, model.config.context)):
             tokens, due = zip(*(begun[i] for i in numbers), strict=True)
-            rows += generate(model, tokenizer, [*tokens], [(seed, i) for i in numbers], how, count, due)
+            rows += generate(model, tokenizer, tokens, [(seed, i) for i in numbers], how, count, due)
     return [tokenizer.decode(row) for row in rows]
 
 

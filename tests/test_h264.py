@@ -284,7 +284,7 @@ def bytes_at_random(grammar, rng, count: int):
 def test_no_way_to_complete_a_slice_is_longer_than_is_counted_with():
     """Bytes are chosen to make the way as long as a dozen tries allow."""
     grammar, rng, longest = Tokenizer(replace(TINY, frames=2)).grammar, np.random.default_rng(0), 0
-    for _ in range(2):
+    for _ in range(4):
         (row,) = grammar.begin(1)
         while row.ask is not None:
             place, begun = row.reader.place, bytes(row.begun)

@@ -214,10 +214,9 @@ def test_damaged_settings_beside_samples_are_named(content, write, tmp_path):
 # --- a file and those beside it -------------------------------------------------------------------------------------
 
 
-CLIP = H264(width=32, height=48, frames=5, fps=10)
 SOURCES = [
     (JPEG(size=32), 400, lambda i: draw(i, 32)),
-    (CLIP, 700, lambda i: move(i, 64, 5)[:, 16:, 16:48]),
+    (H264(width=32, height=48, frames=5, fps=10), 700, lambda i: move(i, 64, 5)[:, 16:, 16:48]),
     (Pixels(size=8, colours=0), 300, lambda i: draw(i, 32)[12:20, 12:20]),
 ]
 
@@ -248,7 +247,7 @@ def test_a_prompt_comes_back_wherever_it_is_cut(free, cut):
     model.init_weights(0)
     begun, due = zip(*(tokenizer.prompt(file[:end]) for file, end in files[:24]), strict=True)
     how, seeds = Sampling(temperature=2.0, free=free), [(0, i) for i in range(24)]
-    rows = [tokenizer.decode(row) for row in generate(model, tokenizer, [*begun], seeds, how, due=due)]
+    rows = [tokenizer.decode(row) for row in generate(model, tokenizer, begun, seeds, how, due=due)]
     for row, (file, end) in zip(rows, files, strict=False):
         assert np.array_equal(row[:end], file[:end]) and (free or tokenizer.codec.check(row) is None)
 
