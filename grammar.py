@@ -42,6 +42,7 @@ class Grammar(Protocol):
     def begin(self, count: int) -> object: ...  # states of so many files, after their start token
     def mask(self, states: object, room: int, exact: Sequence[int] = ()) -> Array: ...  # (B, vocab) True where illegal
     def accept(self, states: object, tokens: Array, room: int | Array) -> tuple[object, Sequence[int]]: ...  # see below
+    def keep(self, states: object, rows: Array) -> object: ...  # the states of some of the files
     def positions(self, states: object) -> Array: ...  # (B, F) where in the syntax the next token stands
     def rest(self, states: object) -> Array: ...  # (B,) tokens to the end of the file, at most, by the shortest way
     def walk(self, documents: Sequence[np.ndarray]) -> Walk: ...  # whole documents of tokens, start and end included
@@ -70,13 +71,37 @@ def refuse_bad_prompts(walk: Walk, prompts: list[np.ndarray], length: int) -> No
 
 @dataclass
 class State:
-    """Of a Table: the state of the reader, which is one of finitely many, and how many units are over."""
+    """Of a Table: the state of the reader, which is one of finitely many, how many units are over, and what the memory
+    tells."""
 
     local: Array  # (B,)
     count: Array  # (B,)
+    told: Array  # (B, K)
+    values: Array = None  # (B, N) what the memory holds; a state of a walk can be looked at, but leads no further
 
     def __getitem__(self, index: object) -> "State":
-        return State(self.local[index], self.count[index])
+        return State(self.local[index], self.count[index], self.told[index])
+
+
+class Memory:
+    """What a Table's reader remembers besides, to tell it the model: numbers that it decoded.  Here nothing."""
+
+    sizes: tuple[int, ...] = ()  # how many values each of the K syntax positions has that it tells
+
+    def to(self, device: object) -> "Memory":
+        return self
+
+    def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Memory":
+        return self
+
+    def begin(self, local: Array) -> State:
+        """The first states, of these local ones."""
+        nothing = local[:, None][:, :0]
+        return State(local, local * 0, nothing, nothing)
+
+    def read(self, before: State, after: State, tokens: Array, legal: Array) -> State:
+        """`after` with what is remembered and told after some tokens; of those not legal, as before."""
+        return State(after.local, after.count, before.told, before.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +120,9 @@ class Table:
     advance: Array  # (rules,) int32, units
     local_syntax: Array  # (S, F) int16, and
     count_syntax: Array  # (counts, F): their sum is the syntax position
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # of those, and of what the memory tells
     first: int = 0  # local state after the start token
+    memory: Memory = Memory()
 
     def to(self, device: object) -> "Table":
         import torch  # data preparation does without it
@@ -105,11 +131,11 @@ class Table:
         moved = {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))).to(device) for name in arrays}
         for name in ("local_syntax", "count_syntax"):
             moved[name] = moved[name].long()
-        return replace(self, layers=tuple(torch.from_numpy(layer).to(device) for layer in self.layers), **moved)
+        moved["layers"] = tuple(torch.from_numpy(layer).to(device) for layer in self.layers)
+        return replace(self, memory=self.memory.to(device), **moved)
 
     def begin(self, count: int) -> State:
-        local = self.away[:1].repeat(count) * 0 + self.first  # on the device where the table lies
-        return State(local, local * 0)
+        return self.memory.begin(self.away[:1].repeat(count) * 0 + self.first)  # on the device where the table lies
 
     def mask(self, states: State, room: int, exact: Sequence[int] = ()) -> Array:
         legal = False
@@ -132,10 +158,15 @@ class Table:
             fits = self.away[after] + self.cost[states.count, rule] <= room
             local, count = local + (after - states.local) * fits, count + self.advance[rule] * fits
             legal = legal | fits
-        return State(local, count), legal
+        return self.memory.read(states, State(local, count, None), tokens, legal), legal
+
+    def keep(self, states: State, rows: Array) -> State:
+        return replace(states[rows], values=states.values[rows])
 
     def positions(self, states: State) -> Array:
-        return self.local_syntax[states.local] + self.count_syntax[states.count]
+        where = self.local_syntax[states.local] + self.count_syntax[states.count]
+        where[..., where.shape[-1] - states.told.shape[-1] :] += states.told
+        return where
 
     def rest(self, states: State) -> Array:
         return self.away[states.local] + self.cost[states.count, 1]
@@ -148,13 +179,14 @@ class Table:
             tokens[: len(document), column] = document
         states, illegal = self.begin(len(documents)), lengths.copy()
         local, count = (np.zeros(tokens.shape, np.int32) for _ in range(2))
-        local[0], count[0] = states.local, states.count
+        told = np.zeros((*tokens.shape, len(self.memory.sizes)), np.int16)
+        local[0], count[0], told[0] = states.local, states.count, states.told
         for at in range(1, len(tokens)):
             states, legal = self.step(states, tokens[at])
-            local[at], count[at] = states.local, states.count
+            local[at], count[at], told[at] = states.local, states.count, states.told
             if not legal.all():
                 illegal = np.where(~legal & (at < illegal), at, illegal)
-        walked = State(local.T, count.T)
+        walked = State(local.T, count.T, told.swapaxes(0, 1))
         return Walk(walked, illegal, self.rest(walked[np.arange(len(documents)), lengths - 1]))
 
     def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Table":
@@ -183,8 +215,8 @@ class Table:
                         layer[rows[here], token] = entry[here]
                     ways[rows] += entry > 0
             assert ways.max() <= len(layers), f"token {token} can be read in {ways.max()} ways"
-        tail = self.cost[:, 1]
-        return replace(self, layers=tuple(layers), cost=rules.cost(tail), advance=np.array(rules.advance, np.int32))
+        cost, advance = rules.cost(self.cost[:, 1]), np.array(rules.advance, np.int32)
+        return replace(self, layers=tuple(layers), cost=cost, advance=advance, memory=self.memory.with_pairs(merges))
 
 
 class Rules:
@@ -385,6 +417,9 @@ class Readers:
                     refused.append(number)
                     states[number] = self.read_again(place, begun)
         return states, refused
+
+    def keep(self, states: list[Row], rows: Array) -> list[Row]:
+        return [states[row] for row in rows.tolist()]
 
     def positions(self, states: list[Row] | Seen) -> Array:
         if isinstance(states, Seen):

@@ -15,12 +15,12 @@ the other.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from grammar import ALWAYS, FAR, NEVER, Table, rules_of
+from grammar import ALWAYS, FAR, NEVER, Array, Memory, State, Table, rules_of
 
 DHT = 0xC4  # the marker of Huffman tables (table B.1)
 Codes = dict[tuple[int, int], dict[str, int]]  # by (class, identifier), DC 0 or AC 1, luma 0 or chroma 1: {bits: value}
@@ -137,18 +137,22 @@ def read_scan(data: bytes, start: int, codes: Codes, luma: int, mcus: int, resta
 # --- a grammar ------------------------------------------------------------------------------------------------------
 
 
+LONGEST_VALUE = 11  # bits (tables F.1 and F.2)
+
+
 @dataclass(frozen=True)
 class Automaton:
     """What may follow, bit by bit, inside an MCU, which is all that the reader of a scan remembers (T.81 F.2.2).
 
     A state is (block of the MCU, index of the next coefficient in zigzag order, place), as one number; the place is a
-    node of the coefficient's Huffman tree or, past `nodes`, how many bits of a value are left.  The index goes up to
-    64: there stands a block whose last value is still being read.  State 0 begins an MCU.
+    node of the coefficient's Huffman tree or, past `nodes`, how many bits of a value are left, and past those how many
+    it has of which none is read, for the first is its sign.  The index goes up to 64: there stands a block whose last
+    value is still being read.  State 0 begins an MCU.
     """
 
     steps: np.ndarray  # (end, 2) the state after a 0 and after a 1; -1 where that is not legal
     nodes: int
-    width: int  # places of a coefficient: nodes, then 1 to 11 bits left
+    width: int  # places of a coefficient: nodes, then 1 to 11 bits left, then 1 to 11 bits that begin
 
     @property
     def end(self) -> int:
@@ -169,19 +173,20 @@ def automaton(codes: Codes, luma: int) -> Automaton:
     """For MCUs of `luma` blocks of Y, then one of each colour."""
     trees = {key: tree(table) for key, table in codes.items()}
     nodes = max(map(len, trees.values()))
-    width, blocks = nodes + 11, luma + 2
+    width, blocks = nodes + 2 * LONGEST_VALUE, luma + 2
     steps = np.full((blocks, 65, width, 2), -1, np.int32)
 
-    def reach(block: int, coefficient: int, bits: int) -> int:
+    def reach(block: int, coefficient: int, bits: int, begins: bool = False) -> int:
         """The state before a coefficient, or before the bits that are left of the value before it."""
         if bits:
-            return (block * 65 + coefficient) * width + nodes + bits - 1
+            return (block * 65 + coefficient) * width + nodes + begins * LONGEST_VALUE + bits - 1
         return (block * 65 + coefficient) * width if coefficient < 64 else (block + 1) * 65 * width
 
     for block in range(blocks):
         for coefficient in range(65):
-            for bits in range(1, 12):
-                steps[block, coefficient, nodes + bits - 1] = reach(block, coefficient, bits - 1)
+            for bits in range(1, LONGEST_VALUE + 1):
+                left = [nodes + bits - 1, nodes + LONGEST_VALUE + bits - 1]
+                steps[block, coefficient, left] = reach(block, coefficient, bits - 1)
             children = trees[int(coefficient > 0), int(block >= luma)] if coefficient < 64 else []
             for node, pair in enumerate(children):
                 for bit, child in enumerate(pair):
@@ -191,7 +196,7 @@ def automaton(codes: Codes, luma: int) -> Automaton:
                     if child < 0:  # a whole code
                         run, size = divmod(-1 - child, 16)  # zeros before the value, bits of the value
                         after = following(coefficient, run, size)
-                        target = -1 if after < 0 else reach(block, after, size)
+                        target = -1 if after < 0 else reach(block, after, size, True)
                     steps[block, coefficient, node, bit] = target
     return Automaton(steps.reshape(-1, 2), nodes, width)
 
@@ -220,11 +225,16 @@ def nibbles(bits: Automaton, onward: bool) -> np.ndarray:
     end, nowhere = bits.end, [[-1, -1]]
     steps = np.concatenate([bits.steps, [[-1, end]], nowhere])
     if onward:
-        inside = np.where(bits.steps == end, end + 1, bits.steps)
-        beyond = np.where((bits.steps < 0) | (bits.steps == end), -1, bits.steps + end + 1)
-        steps = np.concatenate([inside, [[-1, end]], beyond, nowhere])
+        steps = into_the_next(bits)
     two = steps[steps].reshape(-1, 4)
     return two[two].reshape(-1, 16)
+
+
+def into_the_next(bits: Automaton) -> np.ndarray:
+    """(2 * end + 2, 2) the state after each bit where an MCU is followed by the bits of the next, as in `nibbles`."""
+    inside = np.where(bits.steps == bits.end, bits.end + 1, bits.steps)
+    beyond = np.where((bits.steps < 0) | (bits.steps == bits.end), -1, bits.steps + bits.end + 1)
+    return np.concatenate([inside, [[-1, bits.end]], beyond, [[-1, -1]]])
 
 
 def bytes_to_end(bits: Automaton, after_ff: np.ndarray) -> np.ndarray:
@@ -294,11 +304,14 @@ def scan(bits: Automaton, mcus: int, columns: int, restart: int, prefix: bytes =
     layer[at.ended, 257] = ALWAYS * at.size + at.ended
 
     away, tail = scan_rest(bytes_to_end(bits, all_ones[0]), at, mcus, interval, len(suffix))
+    memory = decoded(bits, at, (mcus // columns, columns), interval)
     local_syntax, sizes = scan_syntax(bits, at, (mcus // columns, columns))
-    count_syntax = np.zeros((mcus + 1, 5), np.int16)
+    local_syntax = np.pad(local_syntax, [(0, 0), (0, len(memory.sizes))])
+    count_syntax = np.zeros((mcus + 1, local_syntax.shape[1]), np.int16)
     count_syntax[:, 3], count_syntax[:, 4] = np.divmod(np.minimum(number, mcus - 1), columns)
     advance, first = np.array(rules.advance, np.int32), at.in_prefix if prefix else 0
-    return Table(tuple(layers), away, rules.cost(tail), advance, local_syntax, count_syntax, sizes, first)
+    table = Table(tuple(layers), away, rules.cost(tail), advance, local_syntax, count_syntax, sizes, first)
+    return replace(table, sizes=sizes + memory.sizes, memory=replace(memory, plain=table))
 
 
 def scan_layers(readings: list[tuple[np.ndarray, int]], at: Layout) -> list[np.ndarray]:
@@ -355,3 +368,155 @@ def scan_syntax(bits: Automaton, at: Layout, grid: tuple[int, int]) -> tuple[np.
     syntax[len(inside) :, 0] = [*[blocks] * at.prefix, *range(blocks + 1, blocks + 5)]
     syntax[at.in_prefix : at.over, 2] = np.arange(at.prefix)
     return syntax, (blocks + 5, 65, 4 * width + 1, *grid)
+
+
+# --- what was decoded -----------------------------------------------------------------------------------------------
+
+NEAR = ((0, -1), (-1, 0))  # rows and columns from a block to those whose DC is told: to the left, above
+STEPS = 32  # differences of DC that are told as they are; of larger ones ...
+FINER = 8  # ... so many to every doubling
+
+
+def levels() -> np.ndarray:
+    """What is told of a difference from -4095 to 4095: from 1 on, where 0 is for none."""
+    size = np.arange(4096)
+    large = STEPS + (FINER * np.log2(np.maximum(size, STEPS) / STEPS)).astype(int)
+    level = np.where(size < STEPS, size, large)
+    return np.concatenate([-level[:0:-1], level]) + level[-1] + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded(Memory):
+    """The DC coefficients of a scan, in the order of its blocks, and what they tell: how far those of the neighbouring
+    blocks of the same component lie from the present one, or, as long as that is not read, from what its difference
+    will be added to.  While its bits are read, what they are worth so far is added, so that what is told is what the
+    rest must be worth for both to be equal.
+
+    Read four bits at a time, by states of `nibbles`, with the next MCU behind each.
+    """
+
+    after: Array  # (states * 16,) the state after four bits
+    gain: Array  # (2, states * 16) what they add to the DC of the block before them, and to that of the next
+    block: Array  # (states,) of the MCU, or beyond it
+    inside: Array  # (S,) the state at each local one of the table; the last, which leads nowhere, outside of MCUs
+    here: Array  # (S,) the block that is read at each local state, a far one outside of MCUs
+    blocks: int  # of an MCU
+    before: Array  # (n,) the block to whose DC the difference is added: one behind all, which is zero, for none
+    near: Array  # (n, K) the blocks whose DC is told, -1 for none
+    level: Array  # (8191,)
+    spelling: Array  # (vocab, longest) bytes of each token, -1 behind them
+    slots: Array  # (n + 1,) zeros
+    plain: Table | None = None  # of bytes
+
+    sizes = property(lambda self: (int(self.level.max()) + 1,) * self.near.shape[1])
+
+    def to(self, device: object) -> "Decoded":
+        import torch
+
+        arrays = ("after", "gain", "block", "inside", "here", "before", "near", "level", "spelling", "slots")
+        moved = {name: torch.from_numpy(getattr(self, name)).to(device).long() for name in arrays}
+        return replace(self, plain=self.plain.to(device), **moved)
+
+    def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Decoded":
+        spelled = [[byte] for byte in range(256)]
+        for left, right in merges:
+            spelled.append(spelled[left] + spelled[right])
+        spelling = np.full((len(spelled) + 2, max(map(len, spelled))), -1, np.int32)
+        for row, each in zip(spelling, spelled, strict=False):
+            row[: len(each)] = each
+        return replace(self, spelling=spelling)
+
+    def begin(self, local: Array) -> State:
+        return self.look(State(local, local * 0, None, local[:, None] * 0 + self.slots))
+
+    def read(self, before: State, after: State, tokens: Array, legal: Array) -> State:
+        place, values, spelled = before, before.values, self.spelling[tokens]
+        for number in range(spelled.shape[1]):
+            byte = spelled[:, number]
+            reads = legal & (byte >= 0)
+            if number and not reads.any():
+                break
+            self.read_byte(place, values, byte, reads)
+            if number + 1 < spelled.shape[1]:
+                place, _ = self.plain.step(place, byte)
+        return self.look(State(after.local, after.count, None, values))
+
+    def read_byte(self, place: State, values: Array, byte: Array, reads: Array) -> None:
+        """Add what the bits of a byte are worth to the values, where it `reads` any."""
+        nowhere = len(self.block) - 1
+        state, first = nowhere + (self.inside[place.local] - nowhere) * reads, place.count * self.blocks
+        row = self.rows(place.local)
+        for half in (byte >> 4 & 15, byte & 15):
+            entry = state * 16 + half
+            here, state = first + self.block[state], self.after[entry]
+            there = first + self.block[state]
+            values[row, here] += self.gain[0][entry]
+            values[row, there] += self.gain[1][entry] + (there > here) * values[row, self.before[there]]
+
+    def look(self, state: State) -> State:
+        """A state with what is told there."""
+        present = (state.count * self.blocks + self.here[state.local]).clip(max=len(self.near) - 1)
+        near, row = self.near[present], self.rows(state.local)
+        apart = state.values[row[:, None], near] - state.values[row, present][:, None]
+        told = self.level[apart.clip(-4095, 4095) + 4095] * (near >= 0)
+        return State(state.local, state.count, told, state.values)
+
+    def rows(self, local: Array) -> Array:
+        return (local * 0 + 1).cumsum(0) - 1
+
+
+def decoded(bits: Automaton, at: Layout, grid: tuple[int, int], interval: int) -> Decoded:
+    """The memory of `scan`."""
+    end, blocks = bits.end, bits.end // (65 * bits.width)
+    nowhere, block = 2 * end + 1, np.arange(end) // (65 * bits.width)
+    beyond = np.concatenate([block, [blocks - 1], blocks + block, [0]])
+    after, gain = into_the_next(bits), np.zeros((2, 2 * end + 2, 2), np.int16)
+    gain[0, :end] = gain[0, end + 1 : -1] = worth(bits)
+    for _ in range(2):  # two bits, then four
+        moved = (beyond[after] > beyond[:, None])[..., None]
+        here = gain[0][..., None] + np.where(moved, 0, gain[0][after])
+        ahead = gain[1][..., None] + np.where(moved, gain[0][after], gain[1][after])
+        after = after[after].reshape(len(after), -1)
+        gain = np.stack([here, ahead]).reshape(2, *after.shape) * (after >= 0)
+    inside = np.full(at.size, nowhere, np.int32)
+    inside[:end] = np.arange(end)
+    before, near = neighbours(blocks, grid, interval)
+    here = np.full(at.size, len(near), np.int32)
+    here[:end] = block
+    here[at.waiting] = np.where(at.after_ff == end, len(near), beyond[at.after_ff] % blocks)
+    after = np.where(after < 0, nowhere, after).reshape(-1).astype(np.int32)
+    gain, beyond = gain.reshape(2, -1).astype(np.int16), beyond.astype(np.int32)
+    spelling = np.append(np.arange(256), [-1, -1])[:, None].astype(np.int32)
+    slots = np.zeros(len(before) + 1, np.int32)
+    return Decoded(after, gain, beyond, inside, here, blocks, before, near, levels(), spelling, slots)
+
+
+def worth(bits: Automaton) -> np.ndarray:
+    """(end, 2) what a 0 and a 1 add to the DC difference to which they belong (F.1.2.1): of `size` bits, those below
+    2 ** (size - 1) stand for negative numbers, which begin at 1 - 2 ** size."""
+    found, states = np.zeros((bits.end, 2), np.int64), np.arange(bits.end)
+    place = np.where(states // bits.width % 65 == 1, states % bits.width - bits.nodes, -1)
+    left = place % LONGEST_VALUE + 1
+    found[:, 1] = np.where(place >= 0, 1 << (left - 1), 0)
+    found[:, 0] = np.where(place >= LONGEST_VALUE, 1 - (1 << left), 0)
+    return found
+
+
+def neighbours(blocks: int, grid: tuple[int, int], interval: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each block of a scan, those of two MCUs behind the last included, the number of the one before it of its
+    component (n,), their count where there is none, and of those in the directions of NEAR (n, K), -1 for none."""
+    scale, (rows, columns) = round((blocks - 2) ** 0.5), grid
+    count = (rows * columns + 2) * blocks
+    before, near = np.full(count, count, np.int32), np.full((count, len(NEAR)), -1, np.int32)
+    places = {}
+    for number in range(rows * columns * blocks):
+        mcu, block = divmod(number, blocks)
+        (y, x), luma = divmod(mcu, columns), block < blocks - 2
+        place = (0, y * scale + block // scale, x * scale + block % scale) if luma else (block, y, x)
+        if 0 < block < blocks - 2:
+            before[number] = number - 1
+        elif mcu % interval:
+            before[number] = (mcu - 1) * blocks + (block or blocks - 3)
+        near[number] = [places.get((place[0], place[1] + down, place[2] + right), -1) for down, right in NEAR]
+        places[place] = number
+    return before, near

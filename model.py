@@ -48,20 +48,34 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, so that each new token costs one step, not T.  Allocated once."""
+    """Keys and values of the tokens seen so far, so that each new token costs one step, not T.
+
+    Room for `length` tokens of each of B sequences is taken as it is needed, in doubling steps.
+    """
 
     def __init__(self, config: ModelConfig, batch: int, length: int):
-        self.shape, self.length = (config.layers, batch, config.kv_heads, length, config.dim // config.heads), 0
-        self.keys = self.values = torch.empty(0)
+        self.most, self.length = length, 0
+        self.keys = self.values = torch.empty(config.layers, batch, config.kv_heads, 0, config.dim // config.heads)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add (B, K, T, E) to a layer's keys and values, and give all that it has."""
-        if not self.keys.numel():  # now the device and the precision are known
-            self.keys, self.values = k.new_zeros(self.shape), v.new_zeros(self.shape)
         end = self.length + k.shape[2]
+        if end > self.keys.shape[3]:
+            self.keys, self.values = (self.larger(*pair, end) for pair in ((self.keys, k), (self.values, v)))
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def larger(self, old: Tensor, new: Tensor, end: int) -> Tensor:
+        """A copy with room for more, in the precision and on the device of what is new."""
+        room = min(self.most, max(2 * old.shape[3], -(-end // 128) * 128))
+        copy = new.new_empty((len(old), *new.shape[:2], room, new.shape[3]))
+        copy[:, :, :, : self.length] = old[:, :, :, : self.length]
+        return copy
+
+    def keep(self, rows: Tensor) -> None:
+        """Let go of all sequences but some."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
 class Attention(nn.Module):

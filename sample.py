@@ -81,6 +81,9 @@ class Dice:
         rows = np.stack([dice.random(length, np.float32) for dice in self.files])
         self.first = torch.from_numpy(rows).to(device)  # (B, length) one for each token
 
+    def keep(self, rows: Tensor) -> None:
+        self.files, self.first = [self.files[row] for row in rows.tolist()], self.first[rows]
+
     def more(self, rows: Sequence[int]) -> Tensor:
         """A further number of some files."""
         return self.first.new_tensor([self.files[row].random() for row in rows])
@@ -91,6 +94,9 @@ class Due:
 
     def __init__(self, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], symbols: Sequence[bytes]):
         self.tokenizer, self.begin, self.left = tokenizer, [*map(len, prompts)], [*symbols]
+
+    def keep(self, rows: Tensor) -> None:
+        self.begin, self.left = ([each[row] for row in rows.tolist()] for each in (self.begin, self.left))
 
     def rows(self, at: int) -> list[int]:
         """Where a token that stands at `at` must spell some."""
@@ -167,6 +173,9 @@ def fitted(
     return prompts, due
 
 
+WORTH = 1 / 8  # of the files that have ended before the others go on without them, for that copies their cache
+
+
 @lru_cache(2)
 def grammar_on(device: torch.device, tokenizer: Tokenizer) -> Grammar:
     return tokenizer.grammar.to(device)
@@ -199,9 +208,9 @@ def generate(
     for row, prompt in zip(written, prompts, strict=True):
         row[: len(prompt)] = torch.from_numpy(prompt[:length].astype(np.int64))
     written, dice, grammar = written.to(device), Dice(seeds, length, device), grammar_on(device, tokenizer)
-    cache, done = Cache(model.config, len(prompts), length), torch.zeros(len(prompts), dtype=torch.bool, device=device)
-
-    left = Due(tokenizer, prompts, due)
+    cache, left = Cache(model.config, len(prompts), length), Due(tokenizer, prompts, due)
+    rows = torch.arange(len(prompts), device=device)  # that are still drawn
+    ended = torch.zeros_like(rows, dtype=torch.bool)
     states = grammar.begin(len(prompts))
     syntax = [grammar.positions(states)]
     for at in range(1, given):
@@ -209,12 +218,19 @@ def generate(
         syntax.append(grammar.positions(states))
     logits = model(written[:, :given], torch.stack(syntax, 1), cache)[:, -1]
     for at in range(given, length):
-        forced = torch.where(written[:, at] >= 0, written[:, at], torch.where(done, tokenizer.end, -1))
+        known = written[rows, at]
+        forced = torch.where(known >= 0, known, torch.where(ended, tokenizer.end, -1))
         tokens, states = draw(grammar, states, logits, forced, at, length - 1 - at, dice, sampling, left)
-        written[:, at] = tokens
-        done |= tokens == tokenizer.end
-        if at % 16 == 0 and all_done(done):  # asking every step would make a GPU wait
-            break
+        written[rows, at] = tokens
+        ended |= tokens == tokenizer.end
+        if at % 16 == 0:  # asking every step would make a GPU wait
+            if all_done(ended):
+                break
+            if len(going := torch.nonzero(~ended)[:, 0]) < (1 - WORTH) * len(rows):
+                going = going if len(going) else rows[:1] * 0  # one at least, for others may wait for this process
+                rows, ended, tokens, states = rows[going], ended[going], tokens[going], grammar.keep(states, going)
+                for each in (cache, dice, left):
+                    each.keep(going)
         if at < length - 1:
             logits = model(tokens[:, None], grammar.positions(states)[:, None], cache)[:, -1]
     return [row[row >= 0] for row in written.cpu().numpy()]

@@ -38,6 +38,7 @@ from plumbing import huggingface
 from plumbing.checkpoint import Saver, load, read_run
 from plumbing.command import Flags, UserError, run
 from plumbing.draw import draw_curves, save_grid, save_image
+from plumbing.muon import Muon
 from plumbing.plan import Meter, plan
 from plumbing.processes import (
     ANY_LENGTH,
@@ -65,7 +66,9 @@ class Config(ModelConfig):
     batch: int = 4  # rows of context tokens per step, over all processes
     micro: int = 4  # rows per forward pass of one process: to fit memory, or a CPU's cache
     lr: float = 1e-3  # peak learning rate
-    warmup: int = 100  # steps of linear rise, before the cosine fall to a tenth of the peak
+    lr_end: float = 0.1  # share of it that is left in the end, after half a cosine
+    warmup: int = 100  # steps of linear rise before that
+    muon: bool = False  # Muon instead of AdamW for the matrices of the blocks
     decay: float = 0.1  # weight decay of the matrices
     clip: float = 1.0  # largest gradient norm
     seed: int = 0  # of the weights, the order of the rows and the samples
@@ -111,7 +114,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
     given = {name: value for name, value in vars(flags).items() if name in Config.__dataclass_fields__}
     config = replace(CONFIGS[flags.config], **given)
     for name, value in asdict(config).items():
-        least = 0 if name in ("seed", "warmup", "decay", "z_loss", "save_every") else 1 if type(value) is int else 1e-30
+        zero = ("seed", "lr_end", "warmup", "decay", "z_loss", "save_every")
+        least = 0 if name in zero else 1 if type(value) is int else 1e-30
         most = 2**63 if name in ("seed", "steps") or type(value) is float else LARGEST
         if type(value) in (int, float) and not least <= value < most:  # which nan is not
             choice = f"below {most}" if value >= most else "above 0" if least else "from 0"
@@ -162,20 +166,24 @@ def batch_of(stream: Stream, starts: np.ndarray, context: int, device: torch.dev
 # --- optimization ---------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step: int, peak: float, config: Config) -> float:
+def learning_rate(step: int, config: Config) -> float:
     if step < config.warmup:
-        return peak * (step + 1) / config.warmup
+        return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))  # from 1 to 0.1 of it, half a cosine
+    high, low = config.lr, config.lr * config.lr_end
+    return low + (high - low) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def build_optimizer(model: Llama, config: Config) -> torch.optim.Optimizer:
-    """AdamW, the field's usual betas; gains are not decayed."""
-    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
-    gains = [weight for weight in model.parameters() if weight.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": config.decay}, {"params": gains, "weight_decay": 0.0}]
-    groups = [{**group, "peak": config.lr} for group in groups]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer]:
+    """AdamW, the field's usual betas, and if asked for Muon for the blocks' matrices; gains are not decayed."""
+    weights = list(model.parameters())
+    inner = [weight for weight in model.layers.parameters() if weight.dim() == 2] if config.muon else []
+    taken = set(inner)
+    others = [weight for weight in weights if weight.dim() == 2 and weight not in taken]
+    gains = [weight for weight in weights if weight.dim() == 1]
+    adam = [{"params": others, "weight_decay": config.decay}, {"params": gains, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(adam, lr=config.lr, betas=(0.9, 0.95), fused=True)]
+    return optimizers + [Muon(inner, lr=config.lr, weight_decay=config.decay)] * config.muon
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -298,7 +306,7 @@ class Run:
     train: Stream
     val: Stream
     model: Llama
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     step: int  # that is done
     log: Log
     say: Callable[[str], object]
@@ -313,16 +321,16 @@ def set_up(config: Config, device: torch.device) -> Run:
     """Load, fit, build, and continue where the run's last checkpoint is.  Errors: UserError."""
     out, say = Path(config.out), tqdm.write if rank() == 0 else lambda *_, **__: None
     tokenizer = load_tokenizer(Path(config.data))
-    train, val = (Stream(Path(config.data), split, config.syntax) for split in ("train", "val"))
     sizes = tokenizer.grammar.sizes if config.syntax else ()
+    train, val = (Stream(Path(config.data), split, len(sizes)) for split in ("train", "val"))
     config = fit(replace(config, vocab=tokenizer.vocab, positions=sizes), train)
     model = build_model(config, device)
-    optimizer = build_optimizer(model, config)
+    optimizers = build_optimizers(model, config)
     if rank() == 0:
         holds = hashlib.sha256("".join(train.sha256 + val.sha256).encode()).hexdigest()
         open_run(out, config, tokenizer, holds)
     barrier()
-    step = load(out, model, optimizer, say)
+    step = load(out, model, optimizers, say)
     if not step:
         model.init_weights(config.seed)
         if config.init:
@@ -333,7 +341,7 @@ def set_up(config: Config, device: torch.device) -> Run:
     epochs = config.steps * config.batch / rows
     say(f"{parameters:,} parameters; {rows:,} rows of {config.context} tokens, {epochs:.1f} epochs")
     say(f"step {step} of {config.steps} on {world()} x {device.type}")
-    return Run(config, device, tokenizer, train, val, model, optimizer, step, Log(out, step), say)
+    return Run(config, device, tokenizer, train, val, model, optimizers, step, Log(out, step), say)
 
 
 def fit(config: Config, stream: Stream) -> Config:
@@ -352,14 +360,14 @@ def fit(config: Config, stream: Stream) -> Config:
 
 def loop(run: Run, stop: Stop, saver: Saver) -> None:
     """Read rows, add up their gradients, step; log, save, evaluate and draw when it is time."""
-    config, model, optimizer = run.config, run.model, run.optimizer
+    config, model, optimizers = run.config, run.model, run.optimizers
     starts, micro = run.train.row_starts(config.context), min(config.micro, config.batch // world())
     if run.step and run.due and not any("val_bits_per_byte" in record for record in run.log.records[-1:]):
         report(run)  # a kill came between the checkpoint and this
     meter, stopping = Meter(run, config.batch * config.context), False
     while run.step < config.steps and not stopping:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, group["peak"], config)
+        for group in (group for each in optimizers for group in each.param_groups):
+            group["lr"] = learning_rate(run.step, config)
         numbers = rows_of_step(run.step, config.batch, len(starts), config.seed)
         loss = backward(model, run.train, starts[numbers[rank() :: world()]], micro, config, run.device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -367,15 +375,16 @@ def loop(run: Run, stop: Stop, saver: Saver) -> None:
         if not torch.isfinite(norm):
             found = f"{norm.item()}, the loss {loss.item()} at step {run.step}, rows {numbers.tolist()}"
             raise UserError(f"the gradient is {found}: lower --lr or look at them")
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         run.step += 1
         stopping = stop.agreed(run.device)
         saving = stopping or run.due or run.step % (config.save_every or config.every) == 0
         saver.look()
         meter.count(run, loss, norm, run.step % config.log_every == 0 or saving)
         if saving:
-            saver.save(model, optimizer, run.step, config, run.tokenizer)
+            saver.save(model, optimizers, run.step, config, run.tokenizer)
         if run.due:
             with meter.pause():
                 report(run)

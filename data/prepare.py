@@ -44,6 +44,7 @@ PART = {3: 8192, 4: 512}  # files, pictures or videos: what an interruption lose
 SHARD = 1 << 25  # symbols of a shard at most, unless one document has more
 TASK = {3: 64, 4: 1}  # files that a worker takes at once: pictures, videos
 ENCODE = 64  # documents whose byte pairs are found at once
+VIEWS = (1, 2, 8)  # of each picture or clip
 MOST_WORKERS = 1024  # they are started all at once
 LEARN = 1000  # files that a codec learns on
 LOT, LOT_SYMBOLS = 2048, 1 << 20  # documents that a grammar walks side by side, and how large they are at most
@@ -112,12 +113,21 @@ class Encoded(NamedTuple):
     notes: Counter[str]
 
 
-def encode_items(codec: Codec, items: list[Item]) -> Encoded:
+def views_of(pixels: np.ndarray, views: int) -> Iterator[np.ndarray]:
+    """Pixels (..., H, W, 3) as they are, mirrored, and both turned by one, two and three quarters; the first `views`
+    of those."""
+    for turns in range(-(-views // 2)):
+        turned = np.rot90(pixels, turns, (-3, -2))
+        yield from map(np.ascontiguousarray, (turned, turned[..., ::-1, :])[:views])
+
+
+def encode_items(codec: Codec, views: int, items: list[Item]) -> Encoded:
     """What a worker does with a task."""
     encoded = Encoded([], [], [], Counter())
     for item in items:
         try:
-            documents = [codec.encode(pixels) for pixels in read(item, codec, encoded.notes)]
+            shown = [view for pixels in read(item, codec, encoded.notes) for view in views_of(pixels, views)]
+            documents = [codec.encode(view) for view in shown]
         except Unusable as reason:
             encoded.skipped.append(f"{reason}\t{item.name}\n")
             continue
@@ -131,9 +141,9 @@ class Part(NamedTuple):
 
     path: Path
 
-    def write(self, codec: Codec, items: list[Item], pool: Executor | None, ahead: int, bar: tqdm) -> None:
+    def write(self, codec: Codec, views: int, items: list[Item], pool: Executor | None, ahead: int, bar: tqdm) -> None:
         lengths, counts, skipped, notes = [], [], [], Counter()
-        tasks = ((codec, task) for task in chunks(items, TASK[len(codec.shape)]))
+        tasks = ((codec, views, task) for task in chunks(items, TASK[len(codec.shape)]))
         with open(self.path.with_suffix(".symbols"), "wb") as file:
             for encoded in in_order(pool, encode_items, tasks, ahead):
                 file.writelines(document.tobytes() for document in encoded.documents)
@@ -195,9 +205,11 @@ def stamp(item: Item) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def encode(source: Path, codec: Codec, out: Path, files: int, pool: Executor | None, ahead: int) -> list[Part]:
+def encode(
+    source: Path, codec: Codec, views: int, out: Path, files: int, pool: Executor | None, ahead: int
+) -> list[Part]:
     """All files, in parts; those that are there already, of an interrupted preparation, are taken as they are."""
-    parts, settings = [], [codec.name, asdict(codec), codec.fingerprint]
+    parts, settings = [], [codec.name, asdict(codec), codec.fingerprint, views]
     with tqdm(total=files, unit=" files", desc="encode", disable=None) as bar:
         for items in chunks(find_items(source), PART[len(codec.shape)]):
             listing = [[item.name, item.length, *stamp(item)] for item in items]
@@ -206,7 +218,7 @@ def encode(source: Path, codec: Codec, out: Path, files: int, pool: Executor | N
             if parts[-1].whole:
                 bar.update(len(items))
             else:
-                parts[-1].write(codec, items, pool, ahead, bar)
+                parts[-1].write(codec, views, items, pool, ahead, bar)
     return parts
 
 
@@ -250,16 +262,19 @@ def syntax_of(tokenizer: Tokenizer, documents: list[np.ndarray], tokens: list[np
 
 
 def tokenize(
-    part: Part, tokenizer: Tokenizer, first: int, validation: float, syntax: bool, out: Path, number: int
+    part: Part, tokenizer: Tokenizer, first: int, views: int, validation: float, syntax: bool, out: Path, number: int
 ) -> dict[str, dict]:
     """What a worker makes of a part whose first usable file has the number `first`: shards, described for the report.
 
-    Every (1 / validation)-th file validates, with all its documents: exact in number, and fair to every folder.
+    Every (1 / validation)-th file validates, with all its documents, as they are: exact in number, and fair to every
+    folder.  The others come view by view, so that no row holds two of one picture.
     """
     files = first + np.repeat(np.arange(len(part.load("counts"))), part.load("counts"))
     validates = ((files + 1) * validation).astype(int) > (files * validation).astype(int)
+    numbers = np.arange(len(files)).reshape(-1, views)
+    trains, held = (numbers[chosen[::views]] for chosen in (~validates, validates))
     described = {}
-    for split, chosen in (("train", ~validates), ("val", validates)):
+    for split, chosen in (("train", trains.T.reshape(-1)), ("val", held[:, 0])):
         for lot, documents in enumerate(part.lots(tokenizer.dtype, chosen)):
             pieces = [tokenizer.encode(piece) for piece in chunks(documents, ENCODE)]
             stream, lengths = map(np.concatenate, zip(*pieces, strict=True))
@@ -288,17 +303,26 @@ def write_shard(path: Path, shard: Shard) -> dict[str, object]:
 
 
 def prepare(
-    source: Path, out: Path, codec: Codec, vocab: int | None, validation: float, workers: int, syntax: bool = True
+    source: Path,
+    out: Path,
+    codec: Codec,
+    vocab: int | None,
+    validation: float,
+    workers: int,
+    syntax: bool = True,
+    views: int = 1,
 ) -> None:
     """Write OUT from SOURCE.  Errors: UserError for what the user can mend; OSError, after which the same call
     continues."""
+    if views not in VIEWS or views > 2 and codec.shape[-3] != codec.shape[-2]:
+        raise UserError(f"--views is {views}: choose 1, or 2 to mirror, or, of squares, 8 to turn as well")
     listing, files = hashlib.sha256(), 0
     for item in find_items(source):
         length = stamp(item)[0] if item.length < 0 else item.length
         listing.update(f"{item.name}\0{length}\n".encode())  # no times, for a copy is the same
         files += 1
     settings = {"codec": codec.name, **codec.settings, "vocab": vocab, "val": validation, "syntax": syntax}
-    settings |= {"files": files, "listing": listing.hexdigest()[:16]}
+    settings |= {"views": views, "files": files, "listing": listing.hexdigest()[:16]}
     if is_prepared(out, settings):
         print(f"{out} is prepared already")
         return
@@ -307,7 +331,7 @@ def prepare(
     with pool_of(workers) as pool:
         every = max(1, files // LEARN)
         codec = codec.learn(usable(islice(find_items(source), 0, None, every), codec))
-        parts = encode(source, codec, out, files, pool, ahead)
+        parts = encode(source, codec, views, out, files, pool, ahead)
         counts = [len(part.load("counts")) for part in parts]
         skipped = Counter(line.split("\t")[0] for part in parts for line in part.skipped.splitlines())
         if int(sum(counts) * validation) < 1 or sum(counts) < 2:
@@ -316,7 +340,7 @@ def prepare(
             raise UserError(f"{source} has {found}, too few to validate --val {validation} of them: give it more")
         tokenizer = learn(codec, parts, vocab)
         firsts = np.cumsum([0, *counts]).tolist()
-        tasks = [(part, tokenizer, firsts[i], validation, syntax, out, i) for i, part in enumerate(parts)]
+        tasks = [(part, tokenizer, firsts[i], views, validation, syntax, out, i) for i, part in enumerate(parts)]
         results = in_order(pool, tokenize, tasks, ahead // 4)
         shards = {}
         for described in tqdm(results, "tokenize", len(tasks), unit=" parts", disable=None):
@@ -391,6 +415,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--no-syntax", action="store_true", help="leave out syntax positions, which plain Llama has not"
     )
+    parser.add_argument(
+        "--views", type=int, default=1, help="of each: 1, 2 with its mirror image, 8 turned as well (default: 1)"
+    )
     parser.add_fields(kind())
     flags = parser.parse(arguments)
     if not flags.source.is_dir():
@@ -402,7 +429,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{given}: the first is between 0 and 1, the second 1 to {MOST_WORKERS}")
     codec = kind(**{each.name: getattr(flags, each.name) for each in fields(kind) if each.name in flags})
     with claim(flags.out, wait=True):
-        prepare(flags.source, flags.out, codec, flags.vocab, flags.val, flags.workers, not flags.no_syntax)
+        prepare(flags.source, flags.out, codec, flags.vocab, flags.val, flags.workers, not flags.no_syntax, flags.views)
 
 
 if __name__ == "__main__":

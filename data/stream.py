@@ -12,7 +12,8 @@ from plumbing.processes import rank, world
 class Stream:
     """The tokens of one split, all shards one after the other, and where its documents begin."""
 
-    def __init__(self, folder: Path, split: str, syntax: bool):
+    def __init__(self, folder: Path, split: str, syntax: int):
+        """`syntax`: how many positions each token has, which are left aside if 0.  Errors: UserError."""
         shards = read_json(folder / "report.json").get("shards")
         names = sorted(name for name in shards if name.startswith(split)) if isinstance(shards, dict) else []
         if not names or not all(map(described, map(shards.get, names))):
@@ -25,6 +26,9 @@ class Stream:
                 refuse_damaged(folder, name, shards[name]["syntax_sha256"], (".syntax",))
         self.tokens = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
         self.syntax = [np.load(folder / f"{name}.syntax.npy", mmap_mode="r") for name in names] if syntax else []
+        if syntax and any(each.shape[1] != syntax for each in self.syntax):
+            others = f"{self.syntax[0].shape[1]} syntax positions a token, and not {syntax}"
+            raise UserError(f"{folder} was prepared by another version ({others}): prepare it anew")
         lengths = np.concatenate([np.load(folder / f"{name}.lengths.npy") for name in names])
         self.documents = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # where each begins, and the end
         self.symbols = sum(shards[name]["symbols"] for name in names)

@@ -26,7 +26,7 @@ from plumbing.files import digest, read_json, write_json
 from plumbing.processes import PATIENCE, gather, rank, world
 from plumbing.weights import Rows, fill_rows, model_config, read_rows, read_safetensors, rows_of, write_safetensors
 
-Optimizers = Optimizer | Sequence[Optimizer]  # one of all weights, or each of some
+Optimizers = Sequence[Optimizer]  # each of some weights
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
@@ -45,11 +45,11 @@ class Saver:
     def __exit__(self, *_: object) -> None:
         self.wait()
 
-    def save(self, model: Llama, optimizer: Optimizers, step: int, config: ModelConfig, tokens: Tokenizer) -> None:
+    def save(self, model: Llama, optimizers: Optimizers, step: int, config: ModelConfig, tokens: Tokenizer) -> None:
         """Begin to write, when the checkpoint before is there; `config.keep` of them stay."""
         self.wait()  # the copy before this one is let go of
         tensors, about = {}, {}
-        for name, tensor in state_of(model, optimizer, step).items():
+        for name, tensor in state_of(model, optimizers, step).items():
             if isinstance(tensor, DTensor) or rank() == 0:  # what is not sharded is the same everywhere
                 first, rows = rows_of(tensor)
                 tensors[name] = rows.detach().to("cpu", copy=True)
@@ -89,11 +89,11 @@ class Saver:
             pending.result()
 
 
-def state_of(model: Llama, optimizer: Optimizers, step: int) -> dict[str, Tensor]:
+def state_of(model: Llama, optimizers: Optimizers, step: int) -> dict[str, Tensor]:
     """All that a run continues from: weights, whatever tensors the optimizer has for each of them, and the step."""
     state = {f"model.{name}": weight for name, weight in model.state_dict().items()}
     names = {weight: name for name, weight in model.named_parameters()}
-    for each in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
+    for each in optimizers:
         for weight, memory in each.state.items():
             known = {key: value for key, value in memory.items() if torch.is_tensor(value)}
             state |= {f"optimizer.{names[weight]}.{key}": value for key, value in known.items()}
@@ -179,7 +179,7 @@ def newest(found: list[Path], say=print, judge=damage) -> Path | None:
         say(f"{checkpoint} is damaged ({name} is not as it was written): using the one before")
 
 
-def load(out: Path, model: Llama, optimizer: Optimizers, say: Callable[[str], object]) -> int:
+def load(out: Path, model: Llama, optimizers: Optimizers, say: Callable[[str], object]) -> int:
     """Continue from the newest undamaged checkpoint, on any number of processes: its step, 0 if there is none.
 
     Errors: UserError if all are damaged, or one is of another model.
@@ -198,7 +198,7 @@ def load(out: Path, model: Llama, optimizer: Optimizers, say: Callable[[str], ob
     for name, weight in model.state_dict().items():
         fill_rows(weight, found[f"model.{name}"])
     names = {weight: name for name, weight in model.named_parameters()}
-    for each in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
+    for each in optimizers:
         state = each.state_dict()
         for number, weight in enumerate(weight for group in each.param_groups for weight in group["params"]):
             before = f"optimizer.{names[weight]}."

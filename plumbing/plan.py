@@ -142,7 +142,7 @@ class Meter:
             "loss": mean,
             "bits_per_byte": mean / math.log(2) / (run.train.symbols / run.train.bounds[-1]),
             "norm": norm.item(),
-            "lr": run.optimizer.param_groups[0]["lr"],
+            "lr": run.optimizers[0].param_groups[0]["lr"],
             "tokens_per_second": self.tokens / pace,
             "peak_share": self.share and self.tokens / pace * self.share,
             "memory_gb": memory(run.device),

@@ -164,7 +164,7 @@ def study(flags: argparse.Namespace) -> dict[str, Table]:
     if not (kept := codec.kept(flags.keep)):
         raise UserError(f"--keep is {flags.keep}: choose {1 / codec.parts:.2g} or more, for one frame must be given")
     network = fid.load(fid.weights_file(flags.weights), DIMS) if flags.weights else None
-    val, train = (Stream(data, split, bool(model.config.positions)) for split in ("val", "train"))
+    val, train = (Stream(data, split, len(model.config.positions)) for split in ("val", "train"))
     count, given = min(flags.count, *(len(each.documents) - 1 for each in (val, train))), round(kept * codec.parts)
     held, clips_of = documents(val, tokenizer, count), lambda found: np.stack([*map(codec.decode, found)])
     truth, pixels = clips_of(held), originals(flags.originals, codec, held) if flags.originals else None

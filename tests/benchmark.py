@@ -182,13 +182,14 @@ def step_of(config: train.Config, device: torch.device, rows: int) -> tuple[Call
     """A whole step of training on some rows, as train.loop takes it, and the model."""
     model = train.build_model(config, device)
     model.init_weights()
-    optimizer, stream = train.build_optimizer(model, config), RandomTokens()
+    optimizers, stream = train.build_optimizers(model, config), RandomTokens()
 
     def step() -> None:
         train.backward(model, stream, np.arange(rows), config.micro, config, device)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step, model
 
@@ -263,15 +264,16 @@ def saving() -> None:
     config = replace(train.CONFIGS["base"], vocab=320)
     model = train.build_model(config, torch.device("cpu"))
     model.init_weights()
-    optimizer, seconds = train.build_optimizer(model, config), {"held up": [], "there": []}
+    optimizers, seconds = train.build_optimizers(model, config), {"held up": [], "there": []}
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     tokens = Tokenizer(JPEG(size=64))
     with tempfile.TemporaryDirectory(dir=".") as folder, train.Saver(Path(folder)) as saver:
         for step in range(5):
             begun = time.perf_counter()
-            saver.save(model, optimizer, step, config, tokens)
+            saver.save(model, optimizers, step, config, tokens)
             seconds["held up"].append(time.perf_counter() - begun)
             saver.wait()
             seconds["there"].append(time.perf_counter() - begun)

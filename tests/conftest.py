@@ -61,7 +61,7 @@ def prepared(photos, tmp_path_factory) -> Path:
 
 RUN = """
     --dim 32 --layers 2 --heads 2 --kv-heads 1 --hidden 64 --context 256 --batch 4 --micro 2
-    --steps 12 --every 4 --log-every 1 --samples 4 --warmup 3
+    --steps 12 --every 4 --log-every 1 --samples 4 --warmup 3 --muon
 """.split()  # noqa: SIM905
 
 

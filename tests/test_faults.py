@@ -95,12 +95,12 @@ for trial in range(50):
     child = os.fork()
     if not child:  # saves again and again, until it is killed
         model = train.build_model(config, torch.device("cpu"))
-        optimizer = train.build_optimizer(model, config)
-        step = load(out, model, optimizer, print)
+        optimizers = train.build_optimizers(model, config)
+        step = load(out, model, optimizers, print)
         saver, tokens = Saver(out), load_tokenizer(data)
         while True:
             step += 1
-            saver.save(model, optimizer, step, config, tokens)
+            saver.save(model, optimizers, step, config, tokens)
     deadline, step = time.time() + 60, last
     try:
         while time.time() < deadline and step <= last:
@@ -161,15 +161,16 @@ config, device = train.parse(sys.argv[1:])[0], processes.join()
 tokens = load_tokenizer(Path(config.data))
 config = train.replace(config, vocab=tokens.vocab, positions=tokens.grammar.sizes)
 model = train.build_model(config, device)
-optimizer = train.build_optimizer(model, config)
-step = load(Path(config.out), model, optimizer, print)
+optimizers = train.build_optimizers(model, config)
+step = load(Path(config.out), model, optimizers, print)
 if not step:
     model.init_weights(config.seed)
     for weight in model.parameters():
         weight.grad = weight.detach().clone()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
 with Saver(Path(config.out)) as saver:
-    saver.save(model, optimizer, step + 1, config, tokens)
+    saver.save(model, optimizers, step + 1, config, tokens)
 """
 
 
@@ -260,7 +261,7 @@ def test_a_damaged_shard_is_named(prepared, tmp_path):
         path.write_bytes(data)
         name = path.name.split(".")[0]
         with pytest.raises(UserError, match=f"{name}.*npy is not as it was written"):
-            Stream(tmp_path / "data", name.split("-")[0], syntax=True)
+            Stream(tmp_path / "data", name.split("-")[0], syntax=7)
     with pytest.raises(UserError, match="is not as it was written"):
         train(config(tmp_path / "data", tmp_path / "run"))
 
@@ -360,8 +361,8 @@ def test_a_checkpoint_whose_headers_lie_is_refused_in_one_sentence(prepared, fin
     seal(latest)
     shape = model_config(read_json(latest / "config.json"), latest)
     model = fresh(module.replace(config(prepared, tmp_path), vocab=shape.vocab, positions=shape.positions))
-    optimizer = torch.optim.AdamW(model.parameters())
-    for read in (lambda: read_run(tmp_path, torch.device("cpu")), lambda: load(tmp_path, model, optimizer, print)):
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    for read in (lambda: read_run(tmp_path, torch.device("cpu")), lambda: load(tmp_path, model, optimizers, print)):
         with pytest.raises(UserError, match="do not use it|delete it") as error:
             read()
         assert str(latest) in str(error.value) and "\n" not in str(error.value)
@@ -416,7 +417,7 @@ def saved(prepared: Path, out: Path, step: int) -> None:
     settings = module.replace(config(prepared, out), vocab=tokens.vocab)
     model = fresh(settings)
     with Saver(out) as saver:
-        saver.save(model, module.build_optimizer(model, settings), step, settings, tokens)
+        saver.save(model, module.build_optimizers(model, settings), step, settings, tokens)
 
 
 def test_a_checkpoint_is_read_back_before_it_counts(prepared, tmp_path, monkeypatch):
@@ -461,15 +462,15 @@ tokens, out = load_tokenizer(Path(config.data)), Path(config.out)
 config = train.replace(config, vocab=tokens.vocab)
 model = train.build_model(config, device)
 model.init_weights(0)
-optimizer, saver = train.build_optimizer(model, config), checkpoint.Saver(out)
-saver.save(model, optimizer, 1, config, tokens)
+optimizers, saver = train.build_optimizers(model, config), checkpoint.Saver(out)
+saver.save(model, optimizers, 1, config, tokens)
 saver.wait()
 for step, (rank, function) in enumerate([(1, "write_safetensors"), (0, "save_tokenizer")], 2):
     real = getattr(checkpoint, function)
     if processes.rank() == rank:
         setattr(checkpoint, function, full)
     try:
-        saver.save(model, optimizer, step, config, tokens)
+        saver.save(model, optimizers, step, config, tokens)
         saver.wait()
     except UserError as error:
         print(f"said {error}\\n", end="", flush=True)  # in one piece, for the other prints too

@@ -1,5 +1,6 @@
 """What the grammar promises: samples are whole valid files, nothing valid is refused, positions are the parser's."""
 
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from PIL import Image
 
 import jpeg
 import sample
-from codec import JPEG, Codec, Pixels, Tokenizer
+from codec import JPEG, SCALE, Codec, Pixels, Tokenizer, standard_codes
 from data.pairs import learn_pairs
 from data.shapes import draw
 from grammar import FAR, Grammar, State, counting
@@ -213,7 +214,8 @@ def test_the_mask_names_exactly_the_tokens_that_are_not_read(seed, number, data)
     at = data.draw(st.integers(0, len(stream) - 1))
     state, every = states_of(grammar, stream)[at : at + 1], np.arange(tokens.vocab)
     room = int(data.draw(st.sampled_from([FAR - 1, int(grammar.rest(state)[0]), int(grammar.rest(state)[0]) + 3])))
-    many = State(state.local.repeat(len(every)), state.count.repeat(len(every)))
+    many = grammar.memory.begin(state.local.repeat(len(every)))
+    many.count = state.count.repeat(len(every))
     assert np.array_equal(~grammar.mask(state, room)[0], grammar.step(many, every, room)[1])
 
 
@@ -227,6 +229,74 @@ def test_from_every_state_a_legal_token_leads_nearer_to_the_end(codec):
         rest = grammar.rest(states)
         for at in range(len(rest) - 1):
             assert (~grammar.mask(states[at : at + 1], int(rest[at]) - 1)).any(), (seed, at)
+
+
+# --- what was decoded -----------------------------------------------------------------------------------------------
+
+
+def dc_by_bit(bits: str, blocks: list[tuple[int, int, int]]) -> tuple[list, dict]:
+    """Of an interval that holds the blocks of these places (component, row, column), by a reader of its own: after each
+    bit the place of the block that is being read and what its DC is worth; and the DC of each place."""
+    track, spot, before, found = [None] * (len(bits) + 1), 0, [0, 0, 0], {}
+    for place in blocks:
+        worth, coefficient, component = before[place[0]], 0, place[0]
+        while coefficient < 64:
+            track[spot], code = (place, worth), ""
+            while code not in standard_codes()[int(coefficient > 0), int(component > 0)]:
+                code, spot = code + bits[spot], spot + 1
+                track[spot] = place, worth
+            run, size = divmod(standard_codes()[int(coefficient > 0), int(component > 0)][code], 16)
+            for read in range(1, size + 1):
+                if not coefficient:  # figure F.12, the bits that are missing taken for zeros
+                    value = int(bits[spot : spot + read].ljust(size, "0"), 2)
+                    worth = before[component] + value - (bits[spot] == "0") * (2**size - 1)
+                track[spot + read] = place, worth
+            spot += size
+            coefficient = 64 if coefficient and not run + size else coefficient + run + 1
+        before[component] = found[place] = worth
+        track[spot] = None
+    return track[: spot + 1] + [None] * 7, found
+
+
+def told_of(codec: JPEG, symbols: np.ndarray) -> list[list[int]]:
+    """What is to be told after the start and after each byte."""
+    scale, columns, told, dc = SCALE[codec.subsampling], codec.parts, [], {}
+    level = jpeg.levels()
+    segments = re.split(rb"\xff[\xd0-\xd7]", bytes(symbols))
+    for number, segment in enumerate(segments):
+        blocks = []
+        for mcu in range(codec.mcus)[number * codec.restart :][: codec.restart or None]:
+            y, x = divmod(mcu, columns)
+            blocks += [(0, y * scale + i // scale, x * scale + i % scale) for i in range(scale**2)]
+            blocks += [(1, y, x), (2, y, x)]
+        packed = segment.replace(b"\xff\x00", b"\xff")
+        track, found = dc_by_bit("".join(f"{byte:08b}" for byte in packed), blocks)
+        dc |= found
+        last, ends = [None, None, None], [0]
+        for i, byte in enumerate(segment):
+            ends.append(ends[-1] + 8 * (i == 0 or segment[i - 1] != 0xFF or byte != 0))
+        for at in ends:
+            if track[at] is None:
+                told.append([0, 0])
+                continue
+            (component, y, x), worth = track[at]
+            near = [dc.get((component, y, x - 1)), dc.get((component, y - 1, x))]
+            told.append([0 if each is None else level[each - worth + 4095] for each in near])
+        told += [[0, 0]] * (number + 1 < len(segments))  # after the FF of a marker
+    return [*told, [0, 0]]
+
+
+@pytest.mark.parametrize("codec", [codec for codec in CODECS if not codec.header])
+def test_what_is_told_of_dc_is_what_another_reader_finds(codec):
+    for tokens in (plain_of(codec), tokens_of(codec)):
+        for seed in range(15):
+            symbols = codec.encode(picture(seed, codec.size))
+            stream = tokens.encode([symbols])[0]
+            ends = np.cumsum([0, *(len(tokens.expansions[token]) for token in stream[1:-1]), 1])
+            wanted = np.array(told_of(codec, symbols))[ends]
+            found = tokens.grammar.positions(states_of(tokens.grammar, stream))[:, 5:]
+            assert np.array_equal(found, wanted), (tokens.vocab, seed, np.argwhere(found != wanted)[:5])
+    assert (wanted > 0).mean() > 0.3
 
 
 # --- other grammars, and refusal -------------------------------------------------------------------------------------
@@ -268,12 +338,14 @@ class Reader:
         return mask
 
     def accept(self, states, tokens, room):
+        before, values = states, states.values.clone()
         after, legal = self.device_table.step(states, tokens.clamp(min=0), room)
         legal &= tokens >= 0
         refused = torch.nonzero(~legal & (tokens >= 0))[:, 0].tolist()
         self.refusals += len(refused)
-        keep = [torch.where(legal, new, old) for new, old in ((after.local, states.local), (after.count, states.count))]
-        return State(*keep), refused
+        keep = [torch.where(legal, new, old) for new, old in ((after.local, before.local), (after.count, before.count))]
+        wide = [(after.told, before.told), (after.values, values)]
+        return State(*keep, *(torch.where(legal[:, None], new, old) for new, old in wide)), refused
 
     def positions(self, states):
         return self.device_table.positions(states)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +22,7 @@ from data.stream import Stream
 from plumbing import plan, processes
 from plumbing.command import UserError
 from plumbing.files import digest
+from plumbing.muon import Muon, orthogonal
 from tests.conftest import ROOT, RUN, command, config, fresh, losses, torchrun, validation
 from train import CONFIGS, Config, evaluate, parse, rows_of_step, train
 
@@ -38,7 +40,7 @@ def test_each_row_comes_once_an_epoch_in_an_order_of_its_own():
 
 
 def test_rows_lie_end_to_end(prepared):
-    stream = Stream(prepared, "train", syntax=True)
+    stream = Stream(prepared, "train", syntax=7)
     rows = stream.row_starts(256)
     assert np.array_equal(np.diff(rows), np.full(len(rows) - 1, 256))
     assert rows[-1] + 257 <= stream.bounds[-1] < rows[-1] + 257 + 256
@@ -46,7 +48,7 @@ def test_rows_lie_end_to_end(prepared):
 
 def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "data")
-    whole = Stream(prepared, "train", syntax=True)
+    whole = Stream(prepared, "train", syntax=7)
     tokens, report = whole.read(0, int(whole.bounds[-1])), json.loads((prepared / "report.json").read_text())
     cut = int(whole.documents[5])
     for i, part in enumerate((tokens[:cut], tokens[cut:])):
@@ -56,7 +58,7 @@ def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
         sha = digest(*(tmp_path / "data" / f"train-0000{i}{suffix}.npy" for suffix in ("", ".lengths")))
         report["shards"][f"train-0000{i}"] = {**report["shards"]["train-00000"], "sha256": sha}
     (tmp_path / "data" / "report.json").write_text(json.dumps(report))
-    stream = Stream(tmp_path / "data", "train", syntax=False)
+    stream = Stream(tmp_path / "data", "train", syntax=0)
     assert np.array_equal(stream.read(cut - 9, 30), tokens[cut - 9 : cut + 21])
     assert np.array_equal(stream.read(len(tokens) - 5, 20), np.concatenate([tokens[-5:], tokens[:15]]))
 
@@ -64,7 +66,7 @@ def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
 def test_evaluation_is_the_sum_over_documents_alone(prepared, tmp_path):
     """Batches and padding change nothing: bits an image are those of each document in a pass of its own."""
     stream, settings = (
-        Stream(prepared, "val", syntax=False),
+        Stream(prepared, "val", syntax=0),
         replace(config(prepared, tmp_path), vocab=300),
     )
     model = fresh(settings)
@@ -81,7 +83,7 @@ def test_evaluation_is_the_sum_over_documents_alone(prepared, tmp_path):
 
 def test_legal_bits_are_of_a_softmax_over_legal_tokens(prepared, tmp_path):
     tokens = load_tokenizer(prepared)
-    stream, settings = Stream(prepared, "val", syntax=False), replace(config(prepared, tmp_path), vocab=300)
+    stream, settings = Stream(prepared, "val", syntax=0), replace(config(prepared, tmp_path), vocab=300)
     model = fresh(settings)
     with torch.no_grad():
         for weight in model.parameters():
@@ -100,7 +102,7 @@ def test_legal_bits_are_of_a_softmax_over_legal_tokens(prepared, tmp_path):
 
 def test_positions_in_the_data_are_those_of_the_grammar(prepared):
     """Any piece of the stream, whole documents and parts: what data.prepare wrote is what reading the tokens gives."""
-    stream, grammar = Stream(prepared, "train", syntax=True), load_tokenizer(prepared).grammar
+    stream, grammar = Stream(prepared, "train", syntax=7), load_tokenizer(prepared).grammar
     whole = []
     for begin, end in zip(stream.documents, stream.documents[1:], strict=False):
         whole.append(grammar.positions(grammar.walk([stream.read(begin, end - begin)]).states)[0])
@@ -153,7 +155,7 @@ def test_two_processes_give_the_losses_of_one(prepared, finished, tmp_path):
 
 def test_z_loss_adds_the_square_of_the_denominators_logarithm(prepared, tmp_path):
     settings = replace(config(prepared, tmp_path), vocab=300)
-    stream, cpu = Stream(prepared, "train", syntax=False), torch.device("cpu")
+    stream, cpu = Stream(prepared, "train", syntax=0), torch.device("cpu")
     rows, grads = stream.row_starts(256)[:4], []
     for z_loss in (0.0, 0.3):
         model = fresh(replace(settings, z_loss=z_loss))
@@ -347,3 +349,22 @@ def test_presets_have_the_papers_and_llamas_sizes():
     assert sizes["7b"] == 6_478_893_056
     assert 9e7 < sizes["base"] < 1.1e8 and 9e8 < sizes["1b"] < 1.1e9
     assert 1.2e10 < sizes["13b"] < 1.35e10 and 6.5e10 < sizes["70b"] < 7e10
+
+
+def test_muon_takes_the_steps_of_pytorchs():
+    """In bf16 theirs, so nearly: tall, wide and square matrices, decay and momentum, and every direction of a size."""
+    torch.manual_seed(0)
+    begun = [torch.randn(shape) for shape in ((40, 24), (24, 40), (32, 32))]
+    ours, theirs = ([nn.Parameter(weight.clone()) for weight in begun] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1}
+    optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(4):
+        for pair in zip(ours, theirs, strict=True):
+            pair[0].grad = pair[1].grad = torch.randn(pair[0].shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, one, other in zip(begun, ours, theirs, strict=True):
+        moved = (other - start).norm()
+        assert (one - other).norm() < 0.02 * moved
+        sizes = torch.linalg.svdvals(orthogonal(torch.randn(start.shape)))
+        assert 0.6 < sizes.quantile(0.1) and sizes.max() < 1.3  # the smallest of all may take more than five rounds

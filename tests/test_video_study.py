@@ -128,7 +128,7 @@ def test_fid_of_the_same_frames_is_nought(tmp_path):
 
 def test_documents_are_those_of_the_data_evenly_spread(clips):
     tokenizer, data = load_tokenizer(clips), clips.parent / "data"
-    held = documents(Stream(data, "val", False), tokenizer, 2)
+    held = documents(Stream(data, "val", 0), tokenizer, 2)
     made = {CODEC.encode(moving(seed)).tobytes() for seed in range(10)}
     assert len(held) == 2 and {symbols.tobytes() for symbols in held} < made
 
@@ -144,7 +144,7 @@ def test_all_of_it_is_measured_and_written(clips, source, tmp_path, capsys):
     assert all(shares == [1, 1, 1] for name, shares in valid.items() if name.endswith("with the grammar"))
     assert valid["untrained, without the grammar"] == [0, 0, 0] and len(valid) == 5
     tokenizer, data = load_tokenizer(clips), clips.parent / "data"
-    held = documents(Stream(data, "val", False), tokenizer, 2)
+    held = documents(Stream(data, "val", 0), tokenizer, 2)
     truth = np.stack([CODEC.decode(symbols) for symbols in held])
     made = {CODEC.encode(moving(seed)).tobytes(): moving(seed) for seed in range(10)}
     pixels = np.stack([made[symbols.tobytes()] for symbols in held])
