@@ -372,7 +372,7 @@ def scan_syntax(bits: Automaton, at: Layout, grid: tuple[int, int]) -> tuple[np.
 
 # --- what was decoded -----------------------------------------------------------------------------------------------
 
-NEAR = ((0, -1), (-1, 0))  # rows and columns from a block to those whose DC is told: to the left, above
+NEAR = ((0, -1), (-1, 0), (-1, 1))  # rows and columns from a block to others: left, above, and right of that
 STEPS = 32  # differences of DC that are told as they are; of larger ones ...
 FINER = 8  # ... so many to every doubling
 
@@ -387,12 +387,12 @@ def levels() -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Decoded(Memory):
-    """The DC coefficients of a scan, in the order of its blocks, and what they tell: how far those of the neighbouring
-    blocks of the same component lie from the present one, or, as long as that is not read, from what its difference
-    will be added to.  While its bits are read, what they are worth so far is added, so that what is told is what the
-    rest must be worth for both to be equal.
+    """The DC coefficients of a scan, in the order of its blocks, and what they tell: how far zero and those of blocks
+    near by, of the same component, lie from the present one, or, as long as that is not read, from what its difference
+    will be added to.  While its bits are read, what they are worth so far is added: what is told is what the rest must
+    be worth for both to be equal.
 
-    Read four bits at a time, by states of `nibbles`, with the next MCU behind each.
+    Bytes are read four bits at a time, by states of `nibbles` with the next MCU behind each.
     """
 
     after: Array  # (states * 16,) the state after four bits
@@ -402,7 +402,7 @@ class Decoded(Memory):
     here: Array  # (S,) the block that is read at each local state, a far one outside of MCUs
     blocks: int  # of an MCU
     before: Array  # (n,) the block to whose DC the difference is added: one behind all, which is zero, for none
-    near: Array  # (n, K) the blocks whose DC is told, -1 for none
+    near: Array  # (n, K) what is told of each: the slot behind all, which is zero, and blocks; -1 for none
     level: Array  # (8191,)
     spelling: Array  # (vocab, longest) bytes of each token, -1 behind them
     slots: Array  # (n + 1,) zeros
@@ -504,11 +504,12 @@ def worth(bits: Automaton) -> np.ndarray:
 
 def neighbours(blocks: int, grid: tuple[int, int], interval: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each block of a scan, those of two MCUs behind the last included, the number of the one before it of its
-    component (n,), their count where there is none, and of those in the directions of NEAR (n, K), -1 for none."""
+    component (n,), their count where there is none; and (n, K) that count and the numbers of those in the directions of
+    NEAR, as far as they come before it, -1 for none."""
     scale, (rows, columns) = round((blocks - 2) ** 0.5), grid
     count = (rows * columns + 2) * blocks
-    before, near = np.full(count, count, np.int32), np.full((count, len(NEAR)), -1, np.int32)
-    places = {}
+    before, near = np.full(count, count, np.int32), np.full((count, 1 + len(NEAR)), -1, np.int32)
+    near[: rows * columns * blocks, 0], places = count, {}
     for number in range(rows * columns * blocks):
         mcu, block = divmod(number, blocks)
         (y, x), luma = divmod(mcu, columns), block < blocks - 2
@@ -517,6 +518,6 @@ def neighbours(blocks: int, grid: tuple[int, int], interval: int) -> tuple[np.nd
             before[number] = number - 1
         elif mcu % interval:
             before[number] = (mcu - 1) * blocks + (block or blocks - 3)
-        near[number] = [places.get((place[0], place[1] + down, place[2] + right), -1) for down, right in NEAR]
+        near[number, 1:] = [places.get((place[0], place[1] + down, place[2] + right), -1) for down, right in NEAR]
         places[place] = number
     return before, near

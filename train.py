@@ -66,9 +66,8 @@ class Config(ModelConfig):
     batch: int = 4  # rows of context tokens per step, over all processes
     micro: int = 4  # rows per forward pass of one process: to fit memory, or a CPU's cache
     lr: float = 1e-3  # peak learning rate
-    lr_end: float = 0.1  # share of it that is left in the end, after half a cosine
-    warmup: int = 100  # steps of linear rise before that
-    muon: bool = False  # Muon instead of AdamW for the matrices of the blocks
+    warmup: int = 100  # steps of linear rise, before the cosine fall to a tenth of the peak
+    muon: bool = False  # Muon, instead of AdamW, for the matrices of the blocks
     decay: float = 0.1  # weight decay of the matrices
     clip: float = 1.0  # largest gradient norm
     seed: int = 0  # of the weights, the order of the rows and the samples
@@ -85,14 +84,14 @@ class Config(ModelConfig):
     sync_each_pass: bool = False  # exchange gradients after each pass, not once a step: less memory, more traffic
 
 
-SYNTAX = partial(Config, syntax=True)
-MOVING = partial(SYNTAX, data="data/moving", samples=16, steps=1900, every=950)
+SYNTAX = partial(Config, syntax=True, muon=True)
+MOVING = partial(SYNTAX, muon=False, data="data/moving", samples=16, steps=1900, every=950)
 PAPER = partial(Config, context=12_288, lr=3e-4, warmup=2000, steps=36_240, batch=512, micro=1, save_every=50)
 LARGE = partial(PAPER, samples=1, compile=True, recompute=True)
-LONG = {"steps": 20_000, "every": 1000}
+SHORT, LONG = {"steps": 3000, "every": 1000}, {"steps": 20_000, "every": 1000}
 CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning rate are the paper's, the rest is ours
     "tiny":  SYNTAX(dim=64, layers=2, heads=2, kv_heads=2, hidden=176, context=512, steps=200, every=100, lr=3e-3),
-    "small": SYNTAX(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, batch=2, lr=3e-3),
+    "small": SYNTAX(dim=128, layers=4, heads=4, kv_heads=4, hidden=344, context=1024, batch=2, lr=6e-3, **SHORT),
     "video": MOVING(dim=128, layers=4, heads=4, kv_heads=4, hidden=344, context=640, lr=3e-3),
     "base":  SYNTAX(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, **LONG),
     "1b":    LARGE(dim=2048, layers=16, heads=32, kv_heads=8, hidden=8192),
@@ -114,8 +113,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
     given = {name: value for name, value in vars(flags).items() if name in Config.__dataclass_fields__}
     config = replace(CONFIGS[flags.config], **given)
     for name, value in asdict(config).items():
-        zero = ("seed", "lr_end", "warmup", "decay", "z_loss", "save_every")
-        least = 0 if name in zero else 1 if type(value) is int else 1e-30
+        least = 0 if name in ("seed", "warmup", "decay", "z_loss", "save_every") else 1 if type(value) is int else 1e-30
         most = 2**63 if name in ("seed", "steps") or type(value) is float else LARGEST
         if type(value) in (int, float) and not least <= value < most:  # which nan is not
             choice = f"below {most}" if value >= most else "above 0" if least else "from 0"
@@ -170,20 +168,17 @@ def learning_rate(step: int, config: Config) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    high, low = config.lr, config.lr * config.lr_end
-    return low + (high - low) * (0.5 + 0.5 * math.cos(math.pi * progress))
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))  # from 1 to 0.1 of it, half a cosine
 
 
 def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW, the field's usual betas, and if asked for Muon for the blocks' matrices; gains are not decayed."""
-    weights = list(model.parameters())
-    inner = [weight for weight in model.layers.parameters() if weight.dim() == 2] if config.muon else []
-    taken = set(inner)
-    others = [weight for weight in weights if weight.dim() == 2 and weight not in taken]
-    gains = [weight for weight in weights if weight.dim() == 1]
-    adam = [{"params": others, "weight_decay": config.decay}, {"params": gains, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(adam, lr=config.lr, betas=(0.9, 0.95), fused=True)]
-    return optimizers + [Muon(inner, lr=config.lr, weight_decay=config.decay)] * config.muon
+    gains = [weight for weight in model.parameters() if weight.dim() == 1]
+    inner = [weight for weight in model.layers.parameters() if weight.dim() == 2 and config.muon]
+    others = [weight for weight in model.parameters() if weight.dim() == 2 and weight not in {*inner}]
+    groups = [{"params": others, "weight_decay": config.decay}, {"params": gains, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    return [adam, Muon(inner, lr=config.lr, weight_decay=config.decay)] if inner else [adam]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

@@ -89,16 +89,17 @@ def count(config: ModelConfig) -> tuple[int, int]:
 def memory_plan(config: ModelConfig, gpus: int) -> dict[str, float]:
     """Bytes a GPU, by what they hold, and in all.
 
-    Kept in float32 and split over the GPUs: weights, two moments, and the gradients; those lie whole on each GPU while
-    more than one pass is added up, unless `sync_each_pass`.  Whole in bf16: the tables of tokens, and two blocks, one
-    at work and one on its way with its buffer; the gradients of one, which leave in float32 while those before are
-    still under way.  Activations in bf16: see `activations`.
+    Kept in float32 and split over the GPUs: weights, two moments (one, of what Muon trains), and the gradients; those
+    lie whole on each GPU while more than one pass is added up, unless `sync_each_pass`.  Whole in bf16: the tables of
+    tokens, and two blocks, one at work and one on its way with its buffer; the gradients of one, which leave in float32
+    while those before are still under way.  Activations in bf16: see `activations`.
     """
     config = replace(config, micro=min(config.micro, max(1, config.batch // gpus)))
     parameters, block = count(config)
     kept, added_up = 4 * parameters / gpus, config.batch > gpus * config.micro and not config.sync_each_pass
     gathered = 2 * (parameters - config.layers * block) + (3 * 2 + 2 + 2 * 4) * block
     parts = {"weights": kept, "gradients": 4 * parameters if added_up else kept, "moments": 2 * kept}
+    parts["moments"] -= config.muon * 4 * config.layers * block / gpus
     parts |= {"activations": activations(config, 2), "gathered": gathered}
     return parts | {"in all": sum(parts.values())}
 

@@ -21,6 +21,7 @@ from plumbing.draw import draw_curves
 from sample import Sampling, generate
 from train import parse, train
 
+NAMES = ("block", "coefficient", "node", "row", "column", "DC", "left", "above", "right-above")  # of a JPEG's positions
 SIZES = {"dim 96, 2 layers": "--dim 96 --layers 2 --heads 3 --kv-heads 3 --hidden 256", "dim 192, 4 layers": ""}
 
 
@@ -61,8 +62,8 @@ def without(out: Path, folders: list[Path], steps: int) -> None:
     """Train the small config with all positions, and with all but one; print bits a file at the end."""
     pieces = Stream.read_syntax
     for folder in folders:
-        for number, name in enumerate(("nothing", "block", "coefficient", "node", "row", "column")):
-            told = np.arange(1, 6) != number
+        for number, name in enumerate(("nothing", *NAMES)):
+            told = np.arange(1, 1 + len(NAMES)) != number
             Stream.read_syntax = lambda self, start, count, told=told: pieces(self, start, count) * told
             to = out / f"{folder.name}-without-{name}"
             arguments = f"--data {folder} --out {to} --steps {steps} --every {steps} --samples 1"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from codec import Codec, codec_named
+from codec import JPEG
 from data.shapes import CELL, COLOURS, FINE, GROUNDS, OUTLINES, RADII, fill
 from plumbing.command import Flags, UserError, run
 from plumbing.files import read_json
@@ -32,7 +32,7 @@ def drawings() -> Iterator[np.ndarray]:
             yield np.asarray(cell.reduce(FINE))
 
 
-def known(codec: Codec) -> np.ndarray:
+def known(codec: JPEG) -> np.ndarray:
     """All drawings as the codec gives them back, (388, CELL * CELL * 3) float32."""
     tiles = np.array(codec.shape[:2]) // CELL
     found = [codec.decode(codec.encode(np.tile(cell, (*tiles, 1))))[:CELL, :CELL] for cell in drawings()]
@@ -50,13 +50,10 @@ def nearest(pixels: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 def shares(folder: Path) -> str:
     """How many cells and pictures of a folder are right.  Errors: UserError."""
-    if not (note := folder / "samples.json").exists():
-        raise UserError(f"{folder} holds no samples.json: name a folder that sample.py wrote")
-    settings = dict(read_json(note)["codec"])
-    paths = sorted(path for path in folder.glob("[0-9]*") if path.suffix in (".jpg", ".png"))
-    kind = codec_named({".jpg": "jpeg", ".png": "pixels"}[paths[0].suffix])
-    templates = known(kind(**settings))
-    found = []
+    note, paths = folder / "samples.json", sorted(folder.glob("[0-9]*.jpg"))
+    if not note.exists() or not paths:
+        raise UserError(f"{folder} holds no JPEGs that sample.py wrote: name a folder like out/small/samples")
+    templates, found = known(JPEG(**read_json(note)["codec"])), []
     for path in paths:
         with Image.open(path) as picture:
             found.append(nearest(np.asarray(picture.convert("RGB")), templates))

@@ -272,18 +272,19 @@ def told_of(codec: JPEG, symbols: np.ndarray) -> list[list[int]]:
         packed = segment.replace(b"\xff\x00", b"\xff")
         track, found = dc_by_bit("".join(f"{byte:08b}" for byte in packed), blocks)
         dc |= found
-        last, ends = [None, None, None], [0]
+        rank, ends = {place: i for i, place in enumerate(dc)}, [0]
         for i, byte in enumerate(segment):
             ends.append(ends[-1] + 8 * (i == 0 or segment[i - 1] != 0xFF or byte != 0))
         for at in ends:
             if track[at] is None:
-                told.append([0, 0])
+                told.append([0, 0, 0, 0])
                 continue
-            (component, y, x), worth = track[at]
-            near = [dc.get((component, y, x - 1)), dc.get((component, y - 1, x))]
-            told.append([0 if each is None else level[each - worth + 4095] for each in near])
-        told += [[0, 0]] * (number + 1 < len(segments))  # after the FF of a marker
-    return [*told, [0, 0]]
+            place, worth = track[at]
+            near = [(place[0], place[1] + down, place[2] + right) for down, right in ((0, -1), (-1, 0), (-1, 1))]
+            known = [0, *(dc[each] if rank.get(each, 1 << 30) < rank[place] else None for each in near)]
+            told.append([0 if each is None else level[each - worth + 4095] for each in known])
+        told += [[0, 0, 0, 0]] * (number + 1 < len(segments))  # after the FF of a marker
+    return [*told, [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("codec", [codec for codec in CODECS if not codec.header])

@@ -57,6 +57,24 @@ def test_the_result_does_not_depend_on_the_workers(photos, prepared, tmp_path, m
     assert contents(tmp_path / "two") == contents(prepared)
 
 
+def test_views_are_the_mirrored_and_turned_pictures_one_view_after_the_other(photos, tmp_path):
+    codec = Pixels(size=32, colours=0)
+    for views in (1, 2, 8):
+        prepare(photos, tmp_path / str(views), codec, vocab=None, validation=0.1, workers=1, views=views)
+    plain, two, eight = (documents(tmp_path / str(views), "train") for views in (1, 2, 8))
+    pictures = [each.reshape(codec.shape) for each in plain]
+    turned = [[np.rot90(picture, turns) for picture in pictures] for turns in range(4)]
+    wanted = [view for pictures in turned for view in (pictures, [picture[:, ::-1] for picture in pictures])]
+    wanted = [picture.reshape(-1) for view in wanted for picture in view]
+    assert len(plain) == 54 and all(map(np.array_equal, two, wanted[:108])) and len(two) == 108
+    assert all(map(np.array_equal, eight, wanted)) and len(eight) == len(wanted)
+    for views in (2, 8):
+        found = documents(tmp_path / str(views), "val")
+        assert all(map(np.array_equal, found, documents(tmp_path / "1", "val"))) and len(found) == 6
+    with pytest.raises(UserError, match="--views is 3"):
+        prepare(photos, tmp_path / "3", codec, vocab=None, validation=0.1, workers=1, views=3)
+
+
 @pytest.mark.parametrize("codec", [Pixels(size=16, colours=32), JPEG(size=32, restart=2)])
 def test_other_codecs_do_not_depend_on_the_workers_either(codec, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(module.PART, 3, 16)
