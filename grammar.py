@@ -124,7 +124,10 @@ class Table:
     first: int = 0  # local state after the start token
     memory: Memory = Memory()
 
-    def to(self, device: object) -> "Table":
+    def to(self, device: object) -> "Table | OnCPU":
+        return OnCPU(self) if str(device) == "cpu" else self.tensors(device)
+
+    def tensors(self, device: object) -> "Table":
         import torch  # data preparation does without it
 
         arrays = ("away", "cost", "advance", "local_syntax", "count_syntax")
@@ -217,6 +220,38 @@ class Table:
             assert ways.max() <= len(layers), f"token {token} can be read in {ways.max()} ways"
         cost, advance = rules.cost(self.cost[:, 1]), np.array(rules.advance, np.int32)
         return replace(self, layers=tuple(layers), cost=cost, advance=advance, memory=self.memory.with_pairs(merges))
+
+
+@dataclass(frozen=True, eq=False)
+class OnCPU:
+    """A Table for tensors on the CPU: arrays as small as those of a batch of files are faster there in numpy."""
+
+    table: Table
+
+    sizes = property(lambda self: self.table.sizes)
+
+    def begin(self, count: int) -> State:
+        return self.table.begin(count)
+
+    def mask(self, states: State, room: int, exact: Sequence[int] = ()) -> Array:
+        return self.tensor(self.table.mask(states, room))
+
+    def accept(self, states: State, tokens: Array, room: int | Array = FAR - 1) -> tuple[State, tuple]:
+        return self.table.accept(states, np.asarray(tokens), np.asarray(room))
+
+    def keep(self, states: State, rows: Array) -> State:
+        return self.table.keep(states, np.asarray(rows))
+
+    def positions(self, states: State) -> Array:
+        return self.tensor(self.table.positions(states)).long()
+
+    def rest(self, states: State) -> Array:
+        return self.tensor(self.table.rest(states))
+
+    def tensor(self, array: np.ndarray) -> Array:
+        import torch
+
+        return torch.from_numpy(array)
 
 
 class Rules:

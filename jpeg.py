@@ -415,7 +415,7 @@ class Decoded(Memory):
 
         arrays = ("after", "gain", "block", "inside", "here", "before", "near", "level", "spelling", "slots")
         moved = {name: torch.from_numpy(getattr(self, name)).to(device).long() for name in arrays}
-        return replace(self, plain=self.plain.to(device), **moved)
+        return replace(self, plain=self.plain.tensors(device), **moved)
 
     def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Decoded":
         spelled = [[byte] for byte in range(256)]

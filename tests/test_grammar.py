@@ -300,6 +300,27 @@ def test_what_is_told_of_dc_is_what_another_reader_finds(codec):
     assert (wanted > 0).mean() > 0.3
 
 
+@pytest.mark.parametrize("codec", [CODECS[1], CODECS[6], CODECS[9], Pixels(size=6, colours=0)])
+def test_tensors_are_read_as_arrays_are(codec):
+    """What a GPU does, tried on the CPU: masks, states, refusals of tight rooms and positions, token by token."""
+    pairs = codec.symbols == 256 and isinstance(codec, JPEG)
+    tokens, rng = tokens_of(codec) if pairs else plain_of(codec), np.random.default_rng(0)
+    arrays, tensors = tokens.grammar, tokens.grammar.tensors("cpu")
+    here, there = arrays.begin(30), tensors.begin(30)
+    for at in range(120):
+        room = 10_000 if at < 60 else 400
+        mask = arrays.mask(here, room)
+        assert np.array_equal(mask, tensors.mask(there, room).numpy())
+        drawn = np.array(
+            [rng.choice(np.flatnonzero(~row)) if rng.random() < 0.9 and not row.all() else 7 for row in mask]
+        )
+        here, there = arrays.accept(here, drawn, room)[0], tensors.accept(there, torch.from_numpy(drawn), room)[0]
+        assert np.array_equal(arrays.positions(here), tensors.positions(there).numpy())
+        assert np.array_equal(arrays.rest(here), tensors.rest(there).numpy())
+        if at == 80:
+            here, there = arrays.keep(here, np.arange(3, 9)), tensors.keep(there, torch.arange(3, 9))
+
+
 # --- other grammars, and refusal -------------------------------------------------------------------------------------
 
 
@@ -326,30 +347,32 @@ class Reader:
         self.table, self.sizes, self.refusals, self.exact = table, table.sizes, 0, 0
 
     def to(self, device):
-        self.device_table = self.table.to(device)
         return self
 
     def begin(self, count):
-        return self.device_table.begin(count)
+        return self.table.begin(count)
 
     def mask(self, states, room, exact=()):
         self.exact += len(exact)
-        mask = torch.zeros_like(self.device_table.mask(states, room))
-        mask[list(exact)] = self.device_table.mask(states, room)[list(exact)]
-        return mask
+        mask = self.table.mask(states, room)
+        mask[[row for row in range(len(mask)) if row not in exact]] = False
+        return torch.from_numpy(mask)
 
     def accept(self, states, tokens, room):
-        before, values = states, states.values.clone()
-        after, legal = self.device_table.step(states, tokens.clamp(min=0), room)
+        before, values, tokens = states, states.values.copy(), tokens.numpy()
+        after, legal = self.table.step(states, tokens.clip(0), np.asarray(room))
         legal &= tokens >= 0
-        refused = torch.nonzero(~legal & (tokens >= 0))[:, 0].tolist()
+        refused = np.flatnonzero(~legal & (tokens >= 0)).tolist()
         self.refusals += len(refused)
-        keep = [torch.where(legal, new, old) for new, old in ((after.local, before.local), (after.count, before.count))]
+        keep = [np.where(legal, new, old) for new, old in ((after.local, before.local), (after.count, before.count))]
         wide = [(after.told, before.told), (after.values, values)]
-        return State(*keep, *(torch.where(legal[:, None], new, old) for new, old in wide)), refused
+        return State(*keep, *(np.where(legal[:, None], new, old) for new, old in wide)), refused
+
+    def keep(self, states, rows):
+        return self.table.keep(states, rows.numpy())
 
     def positions(self, states):
-        return self.device_table.positions(states)
+        return torch.from_numpy(self.table.positions(states)).long()
 
     def walk(self, documents):
         return self.table.walk(documents)
