@@ -193,7 +193,7 @@ def test_sharded_checkpoints_hold_the_numbers_of_one_process(prepared, tmp_path)
         assert result.returncode == 0, result.stderr
     wanted, found = whole(tmp_path / "one" / "step_00000001"), checkpoints(tmp_path / "many")
     assert [len(list(path.glob("rank_*"))) for path in found] == [1, 4, 2]
-    assert {name.rpartition(".")[2] for name in wanted} == {"weight", "step", "exp_avg", "exp_avg_sq"}
+    assert {name.rpartition(".")[2] for name in wanted} == {"weight", "step", "exp_avg", "exp_avg_sq", "momentum"}
     for path in found:
         assert whole(path).keys() == wanted.keys()
         assert all(torch.equal(numbers, wanted[name]) for name, numbers in whole(path).items())
@@ -261,7 +261,7 @@ def test_a_damaged_shard_is_named(prepared, tmp_path):
         path.write_bytes(data)
         name = path.name.split(".")[0]
         with pytest.raises(UserError, match=f"{name}.*npy is not as it was written"):
-            Stream(tmp_path / "data", name.split("-")[0], syntax=7)
+            Stream(tmp_path / "data", name.split("-")[0], syntax=9)
     with pytest.raises(UserError, match="is not as it was written"):
         train(config(tmp_path / "data", tmp_path / "run"))
 
