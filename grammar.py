@@ -11,7 +11,7 @@ and counts something: a picture's blocks (`scan`, JPEG) or the symbols themselve
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -108,10 +108,10 @@ class Memory:
 class Table:
     """A Grammar whose states are numbers, so that a step is a look-up, for a whole batch and on any device.
 
-    An entry of `layers[i][local, token]` is rule * S + the local state that follows (S: number of local states).  A
-    rule says at which counts the token is legal, and how far the count goes on; rule 0 never is, rule 1 always.  Of
-    the layers, at most one has a legal entry at any count.  The tokens that are left are `away[local]`, as if nothing
-    were to follow the present unit, and those of the units to come, which `cost` adds, too many where a rule forbids.
+    An entry of `layers[i][local, token]` is rule << bits | the local state that follows.  A rule says at which counts
+    the token is legal, and how far the count goes on; rule 0 never is, rule 1 always.  Of the layers, at most one has a
+    legal entry at any count.  The tokens that are left are `away[local]`, as if nothing were to follow the present
+    unit, and those of the units to come, which `cost` adds, too many where a rule forbids.
     """
 
     layers: tuple[Array, ...]  # of (S, vocab) int32
@@ -123,6 +123,10 @@ class Table:
     sizes: tuple[int, ...]  # of those, and of what the memory tells
     first: int = 0  # local state after the start token
     memory: Memory = Memory()
+
+    @cached_property
+    def bits(self) -> int:
+        return (len(self.away) - 1).bit_length()
 
     def to(self, device: object) -> "Table | OnCPU":
         return OnCPU(self) if str(device) == "cpu" else self.tensors(device)
@@ -144,7 +148,7 @@ class Table:
         legal = False
         for layer in self.layers:
             entry = layer[states.local]
-            rule, after = entry // len(self.away), entry % len(self.away)
+            rule, after = entry >> self.bits, entry & (1 << self.bits) - 1
             legal = legal | (self.away[after] + self.cost[states.count[..., None], rule] <= room)
         return ~legal
 
@@ -157,7 +161,7 @@ class Table:
         local, count, legal = states.local, states.count, False
         for layer in self.layers:
             entry = layer[states.local, tokens]
-            rule, after = entry // len(self.away), entry % len(self.away)
+            rule, after = entry >> self.bits, entry & (1 << self.bits) - 1
             fits = self.away[after] + self.cost[states.count, rule] <= room
             local, count = local + (after - states.local) * fits, count + self.advance[rule] * fits
             legal = legal | fits
@@ -199,7 +203,7 @@ class Table:
         """
         if not merges:
             return self
-        size, rules = len(self.away), Rules(self.cost < FAR, self.advance)
+        size, bits, rules = len(self.away), self.bits, Rules(self.cost < FAR, self.advance)
         symbols = self.layers[0].shape[1] - 2
         layers = [np.zeros((size, symbols + len(merges) + 2), np.int32) for _ in self.layers]
         for new, old in zip(layers, self.layers, strict=True):
@@ -210,14 +214,15 @@ class Table:
                 rows = np.flatnonzero(one[:, left])
                 for two in layers:
                     first = one[rows, left]
-                    second = two[first % size, right]
-                    rule = rules.both(first // size, second // size)
-                    entry = np.where(rule > 0, rule * size + second % size, 0)
+                    second = two[first & (1 << bits) - 1, right]
+                    rule = rules.both(first >> bits, second >> bits)
+                    entry = np.where(rule > 0, rule << bits | second & (1 << bits) - 1, 0)
                     for number, layer in enumerate(layers):
                         here = (entry > 0) & (ways[rows] == number)
                         layer[rows[here], token] = entry[here]
                     ways[rows] += entry > 0
             assert ways.max() <= len(layers), f"token {token} can be read in {ways.max()} ways"
+        assert len(rules.met) << bits < 1 << 31, f"{len(rules.met)} rules are too many for a table of {size} states"
         cost, advance = rules.cost(self.cost[:, 1]), np.array(rules.advance, np.int32)
         return replace(self, layers=tuple(layers), cost=cost, advance=advance, memory=self.memory.with_pairs(merges))
 

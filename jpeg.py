@@ -275,6 +275,7 @@ class Layout:
     closed = property(lambda self: self.over + 2)
     ended = property(lambda self: self.over + 3)
     size = property(lambda self: self.over + 4)
+    unit = property(lambda self: 1 << (self.size - 1).bit_length())  # of rules in an entry of the table
 
 
 def scan(bits: Automaton, mcus: int, columns: int, restart: int, prefix: bytes = b"", suffix: bytes = b"") -> Table:
@@ -292,16 +293,16 @@ def scan(bits: Automaton, mcus: int, columns: int, restart: int, prefix: bytes =
     layers = scan_layers(readings, at)
     layer = layers[0]
     for i, byte in enumerate(prefix):
-        layer[at.in_prefix + i, byte] = ALWAYS * at.size + (at.in_prefix + i + 1 if i + 1 < len(prefix) else 0)
-    layer[at.over, 0xFF] = rules.number(number < mcus - 1 + bool(suffix), 1) * at.size + at.marker
+        layer[at.in_prefix + i, byte] = ALWAYS * at.unit + (at.in_prefix + i + 1 if i + 1 < len(prefix) else 0)
+    layer[at.over, 0xFF] = rules.number(number < mcus - 1 + bool(suffix), 1) * at.unit + at.marker
     for n in range(8):  # markers count the intervals before them, modulo 8 (E.1.4)
         due = (number < mcus) & ((number // interval - 1) % 8 == n)
-        layer[at.marker, 0xD0 + n] = rules.number(due, 0) * at.size
+        layer[at.marker, 0xD0 + n] = rules.number(due, 0) * at.unit
     if suffix:
-        layer[at.marker, suffix[1]] = rules.number(number == mcus, 0) * at.size + at.closed
+        layer[at.marker, suffix[1]] = rules.number(number == mcus, 0) * at.unit + at.closed
     whole = rules.number(number == mcus - 1, 0)
-    layer[at.closed if suffix else at.over, 257] = (ALWAYS if suffix else whole) * at.size + at.ended
-    layer[at.ended, 257] = ALWAYS * at.size + at.ended
+    layer[at.closed if suffix else at.over, 257] = (ALWAYS if suffix else whole) * at.unit + at.ended
+    layer[at.ended, 257] = ALWAYS * at.unit + at.ended
 
     away, tail = scan_rest(bytes_to_end(bits, all_ones[0]), at, mcus, interval, len(suffix))
     memory = decoded(bits, at, (mcus // columns, columns), interval)
@@ -321,16 +322,16 @@ def scan_layers(readings: list[tuple[np.ndarray, int]], at: Layout) -> list[np.n
     rule[:end], local[:end] = ALWAYS, np.arange(end)
     rule[end], local[end] = readings[0][1], at.over
     rule[end + 1 : -1], local[end + 1 : -1] = readings[-1][1], np.arange(end)
-    layers, entry, first = [], rule * at.size + local, 0
+    layers, entry, first = [], rule * at.unit + local, 0
     for half, _ in readings:
         entry[-1], entry[:first] = NEVER, NEVER  # the second layer tells only what the first has not
         layers.append(np.zeros((at.size, 258), np.int32))
         layers[-1][:end, :256] = entry[half][half[:end]].reshape(end, 256)
         stuffed = np.zeros_like(entry)
-        stuffed[at.after_ff] = np.where(entry[at.after_ff] > 0, rule[at.after_ff] * at.size + at.waiting, NEVER)
+        stuffed[at.after_ff] = np.where(entry[at.after_ff] > 0, rule[at.after_ff] * at.unit + at.waiting, NEVER)
         layers[-1][:end, 0xFF] = stuffed[half[half[:end, 15], 15]]
         first = end + 1
-    layers[0][at.waiting, 0] = ALWAYS * at.size + local[at.after_ff]
+    layers[0][at.waiting, 0] = ALWAYS * at.unit + local[at.after_ff]
     return layers
 
 
