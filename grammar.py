@@ -22,6 +22,14 @@ FAR = 1 << 28  # tokens: more than any file has, and than any room
 Array = Any  # numpy's while files are prepared, torch's on any device while they are sampled
 
 
+def expansions(merges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes of each token: of the 256 that are one, then of the pairs."""
+    found = [bytes([symbol]) for symbol in range(256)]
+    for left, right in merges:
+        found.append(found[left] + found[right])
+    return found
+
+
 class Walk(NamedTuple):
     """What `Grammar.walk` found in some documents."""
 
@@ -45,13 +53,14 @@ class Grammar(Protocol):
     def keep(self, states: object, rows: Array) -> object: ...  # the states of some of the files
     def positions(self, states: object) -> Array: ...  # (B, F) where in the syntax the next token stands
     def rest(self, states: object) -> Array: ...  # (B,) tokens to the end of the file, at most, by the shortest way
-    def walk(self, documents: Sequence[np.ndarray]) -> Walk: ...  # whole documents of tokens, start and end included
+    def walk(self, documents: Sequence[np.ndarray], tell: bool = True) -> Walk: ...  # whole documents
     def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Grammar": ...  # of symbols: the same, over pairs too
 
     # `accept` reads tokens (B,), -1 for none, where they are legal and leave a way to the end within `room`, which may
     # be (B,).  The other rows it leaves as they were, and names those whose token `mask` had left open: but for rows
     # `exact`, a mask may know only some of what is illegal, and whoever draws bans what was refused and draws again.
-    # States of a walk can be sliced like an array (B, T).
+    # `walk` takes documents with their start and end.  Its states can be sliced like an array (B, T); if it need not
+    # `tell`, they may have no positions.
 
 
 def refuse_bad_prompts(walk: Walk, prompts: list[np.ndarray], length: int) -> None:
@@ -67,6 +76,11 @@ def refuse_bad_prompts(walk: Walk, prompts: list[np.ndarray], length: int) -> No
 
 
 # --- tables: finitely many states, and a count ----------------------------------------------------------------------
+
+
+def bits_of(states: int) -> int:
+    """Those of the number of a local state, in an entry of a Table; a rule comes before them."""
+    return (states - 1).bit_length()
 
 
 @dataclass
@@ -126,7 +140,7 @@ class Table:
 
     @cached_property
     def bits(self) -> int:
-        return (len(self.away) - 1).bit_length()
+        return bits_of(len(self.away))
 
     def to(self, device: object) -> "Table | OnCPU":
         return OnCPU(self) if str(device) == "cpu" else self.tensors(device)
@@ -178,7 +192,9 @@ class Table:
     def rest(self, states: State) -> Array:
         return self.away[states.local] + self.cost[states.count, 1]
 
-    def walk(self, documents: Sequence[np.ndarray]) -> Walk:
+    def walk(self, documents: Sequence[np.ndarray], tell: bool = True) -> Walk:
+        if not tell:  # reading numbers takes longer than all else
+            return replace(self, memory=Memory()).walk(documents)
         lengths = np.array([len(document) for document in documents])
         end = self.layers[0].shape[1] - 1  # behind a whole file it is legal, inside one it changes nothing
         tokens = np.full((lengths.max(), len(documents)), end, np.int32)
@@ -395,9 +411,7 @@ class Readers:
 
     def __init__(self, make: Callable, sizes: tuple[int, ...], merges: Sequence = (), device: object = None):
         self.make, self.sizes, self.merges, self.device, self.guide = make, sizes, merges, device, make()
-        self.expansions = [bytes([symbol]) for symbol in range(256)]
-        for left, right in merges:
-            self.expansions.append(self.expansions[left] + self.expansions[right])
+        self.expansions = expansions(merges)
         self.start = len(self.expansions)  # the start token; then comes the end
         self.trie: dict[int, list] = {}  # of expansions: by byte the token that ends there, and what may follow
         for token, expansion in enumerate(self.expansions):
@@ -469,7 +483,7 @@ class Readers:
     def rest(self, states: list[Row]) -> Array:
         return np.array([self.tokens_to_end(row) for row in states])
 
-    def walk(self, documents: Sequence[np.ndarray]) -> Walk:
+    def walk(self, documents: Sequence[np.ndarray], tell: bool = True) -> Walk:
         longest, fields = max(map(len, documents)), len(self.sizes)
         asks = np.zeros((len(documents), longest), np.int32)
         positions = np.zeros((len(documents), longest, fields), np.int16)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from grammar import ALWAYS, FAR, NEVER, Array, Memory, State, Table, rules_of
+from grammar import ALWAYS, FAR, NEVER, Array, Memory, State, Table, bits_of, expansions, rules_of
 
 DHT = 0xC4  # the marker of Huffman tables (table B.1)
 Codes = dict[tuple[int, int], dict[str, int]]  # by (class, identifier), DC 0 or AC 1, luma 0 or chroma 1: {bits: value}
@@ -275,7 +275,7 @@ class Layout:
     closed = property(lambda self: self.over + 2)
     ended = property(lambda self: self.over + 3)
     size = property(lambda self: self.over + 4)
-    unit = property(lambda self: 1 << (self.size - 1).bit_length())  # of rules in an entry of the table
+    unit = property(lambda self: 1 << bits_of(self.size))  # of rules in an entry of the table
 
 
 def scan(bits: Automaton, mcus: int, columns: int, restart: int, prefix: bytes = b"", suffix: bytes = b"") -> Table:
@@ -402,11 +402,10 @@ class Decoded(Memory):
     inside: Array  # (S,) the state at each local one of the table; the last, which leads nowhere, outside of MCUs
     here: Array  # (S,) the block that is read at each local state, a far one outside of MCUs
     blocks: int  # of an MCU
-    before: Array  # (n,) the block to whose DC the difference is added: one behind all, which is zero, for none
+    before: Array  # (n + 1,) the block to whose DC the difference is added: n, one behind all, which is zero, for none
     near: Array  # (n, K) what is told of each: the slot behind all, which is zero, and blocks; -1 for none
     level: Array  # (8191,)
     spelling: Array  # (vocab, longest) bytes of each token, -1 behind them
-    slots: Array  # (n + 1,) zeros
     plain: Table | None = None  # of bytes
 
     sizes = property(lambda self: (int(self.level.max()) + 1,) * self.near.shape[1])
@@ -414,21 +413,19 @@ class Decoded(Memory):
     def to(self, device: object) -> "Decoded":
         import torch
 
-        arrays = ("after", "gain", "block", "inside", "here", "before", "near", "level", "spelling", "slots")
+        arrays = ("after", "gain", "block", "inside", "here", "before", "near", "level", "spelling")
         moved = {name: torch.from_numpy(getattr(self, name)).to(device).long() for name in arrays}
         return replace(self, plain=self.plain.tensors(device), **moved)
 
     def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Decoded":
-        spelled = [[byte] for byte in range(256)]
-        for left, right in merges:
-            spelled.append(spelled[left] + spelled[right])
+        spelled = expansions(merges)
         spelling = np.full((len(spelled) + 2, max(map(len, spelled))), -1, np.int32)
         for row, each in zip(spelling, spelled, strict=False):
-            row[: len(each)] = each
+            row[: len(each)] = list(each)
         return replace(self, spelling=spelling)
 
     def begin(self, local: Array) -> State:
-        return self.look(State(local, local * 0, None, local[:, None] * 0 + self.slots))
+        return self.look(State(local, local * 0, None, (local[:, None] + self.before) * 0))
 
     def read(self, before: State, after: State, tokens: Array, legal: Array) -> State:
         place, values, spelled = before, before.values, self.spelling[tokens]
@@ -488,8 +485,7 @@ def decoded(bits: Automaton, at: Layout, grid: tuple[int, int], interval: int) -
     after = np.where(after < 0, nowhere, after).reshape(-1).astype(np.int32)
     gain, beyond = gain.reshape(2, -1).astype(np.int16), beyond.astype(np.int32)
     spelling = np.append(np.arange(256), [-1, -1])[:, None].astype(np.int32)
-    slots = np.zeros(len(before) + 1, np.int32)
-    return Decoded(after, gain, beyond, inside, here, blocks, before, near, levels(), spelling, slots)
+    return Decoded(after, gain, beyond, inside, here, blocks, before, near, levels(), spelling)
 
 
 def worth(bits: Automaton) -> np.ndarray:
@@ -505,11 +501,11 @@ def worth(bits: Automaton) -> np.ndarray:
 
 def neighbours(blocks: int, grid: tuple[int, int], interval: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each block of a scan, those of two MCUs behind the last included, the number of the one before it of its
-    component (n,), their count where there is none; and (n, K) that count and the numbers of those in the directions of
-    NEAR, as far as they come before it, -1 for none."""
+    component (n + 1,), their count n where there is none; and (n, K) that count and the numbers of those in the
+    directions of NEAR, as far as they come before it, -1 for none."""
     scale, (rows, columns) = round((blocks - 2) ** 0.5), grid
     count = (rows * columns + 2) * blocks
-    before, near = np.full(count, count, np.int32), np.full((count, 1 + len(NEAR)), -1, np.int32)
+    before, near = np.full(count + 1, count, np.int32), np.full((count, 1 + len(NEAR)), -1, np.int32)
     near[: rows * columns * blocks, 0], places = count, {}
     for number in range(rows * columns * blocks):
         mcu, block = divmod(number, blocks)

@@ -132,13 +132,18 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def sharded_as(weight: Tensor, whole: Tensor) -> Tensor:
+    """A whole matrix that every process has, or this process's part of it if the weight is sharded."""
+    if not isinstance(weight, DTensor):
+        return whole
+    same = DTensor.from_local(whole.to(weight.device), weight.device_mesh, [Replicate()], run_check=False)
+    return same.redistribute(placements=weight.placements)  # each process cuts its part out, without a word
+
+
 @torch.no_grad()
 def fill(weight: Tensor, whole: Tensor) -> None:
-    """Write a whole matrix into a weight, or this process's part of it if the weight is sharded."""
-    if isinstance(weight, DTensor):
-        same = DTensor.from_local(whole.to(weight.device), weight.device_mesh, [Replicate()], run_check=False)
-        whole = same.redistribute(placements=weight.placements)  # each process cuts its part out, without a word
-    weight.copy_(whole)
+    """Write a whole matrix into a weight, or this process's part of it."""
+    weight.copy_(sharded_as(weight, whole))
 
 
 class Llama(nn.Module):

@@ -164,12 +164,12 @@ def fitted(
     is spelled as if the file ended.  Errors: UserError, of a prompt that begins no valid file of `length` tokens."""
     ends = [np.frombuffer(each, tokenizer.dtype) for each in due]  # symbols are tokens too
     prompts, due, whole = [*prompts], [*due], [*map(np.append, prompts, ends)]
-    walk = tokenizer.grammar.walk(whole)
+    walk = tokenizer.grammar.walk(whole, tell=False)
     tight = np.flatnonzero(walk.rest > length - np.array([*map(len, whole)]))
     for row in tight:
         prompts[row] = whole[row] = np.append(prompts[row], tokenizer.encode([ends[row]])[0][1:-1])
         due[row] = b""
-    refuse_bad_prompts(tokenizer.grammar.walk(whole) if len(tight) else walk, whole, length)
+    refuse_bad_prompts(tokenizer.grammar.walk(whole, tell=False) if len(tight) else walk, whole, length)
     return prompts, due
 
 

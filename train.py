@@ -174,8 +174,9 @@ def learning_rate(step: int, config: Config) -> float:
 def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW, the field's usual betas, and if asked for Muon for the blocks' matrices; gains are not decayed."""
     gains = [weight for weight in model.parameters() if weight.dim() == 1]
-    inner = [weight for weight in model.layers.parameters() if weight.dim() == 2 and config.muon]
-    others = [weight for weight in model.parameters() if weight.dim() == 2 and weight not in {*inner}]
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    blocks = {*model.layers.parameters()} if config.muon else set()
+    inner, others = ([weight for weight in matrices if (weight in blocks) is of] for of in (True, False))
     groups = [{"params": others, "weight_decay": config.decay}, {"params": gains, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     return [adam, Muon(inner, lr=config.lr, weight_decay=config.decay)] if inner else [adam]
@@ -250,7 +251,7 @@ def validation_batch(
     tokens, illegal = np.full((shape[0], shape[1] + 1), -100, np.int64), np.zeros((*shape, vocab), bool)
     syntax = np.zeros((*shape, stream.read_syntax(0, 1).shape[1]), np.int64)
     spans = [stream.documents[number : number + 2] for number, _, _ in batch]
-    states = grammar.walk([stream.read(begin, end - begin) for begin, end in spans]).states
+    states = grammar.walk([stream.read(begin, end - begin) for begin, end in spans], tell=False).states
     for row, (_, start, end) in enumerate(batch):
         tokens[row, : end - start] = stream.read(start, end - start)
         syntax[row, : end - start - 1] = stream.read_syntax(start, end - start - 1)
@@ -440,7 +441,7 @@ def write(run: Run) -> list[np.ndarray]:
     """The pixels of some files that the model writes now."""
     config, tokenizer, written = run.config, run.tokenizer, []
     start = [np.array([tokenizer.start])]
-    whole = 1 + tokenizer.grammar.walk(start).rest[0] <= config.context  # else none fits
+    whole = 1 + tokenizer.grammar.walk(start, tell=False).rest[0] <= config.context  # else none fits
     run.model.eval()
     with gathered(run.model, run.device):
         for numbers in chunks(range(config.samples), min(gather(at_once(run.model, config.context)))):

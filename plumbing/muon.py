@@ -4,7 +4,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
+
+from model import sharded_as
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -45,12 +47,6 @@ class Muon(torch.optim.Optimizer):
                 memory["momentum"].lerp_(weight.grad, 1 - share)
                 ahead = weight.grad.lerp(memory["momentum"], share)  # Nesterov's
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(made_orthogonal(ahead), alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)
-
-
-def made_orthogonal(matrix: Tensor) -> Tensor:
-    """`orthogonal`, of the whole matrix where it is sharded."""
-    if not isinstance(matrix, DTensor):
-        return orthogonal(matrix)
-    whole = DTensor.from_local(orthogonal(matrix.full_tensor()), matrix.device_mesh, [Replicate()], run_check=False)
-    return whole.redistribute(placements=matrix.placements)
+                whole = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
+                change = sharded_as(weight, orthogonal(whole))
+                weight.add_(change, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)

@@ -374,8 +374,8 @@ class Reader:
     def positions(self, states):
         return torch.from_numpy(self.table.positions(states)).long()
 
-    def walk(self, documents):
-        return self.table.walk(documents)
+    def walk(self, documents, tell=True):
+        return self.table.walk(documents, tell)
 
 
 def with_grammar(grammar: Grammar, monkeypatch) -> None:
