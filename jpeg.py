@@ -388,22 +388,26 @@ def levels() -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Decoded(Memory):
-    """The DC coefficients of a scan, in the order of its blocks, and what they tell: how far zero and those of blocks
-    near by, of the same component, lie from the present one, or, as long as that is not read, from what its difference
-    will be added to.  While its bits are read, what they are worth so far is added: what is told is what the rest must
-    be worth for both to be equal.
+    """The DC coefficients of a scan, in the order of its blocks, and what they tell of the one that is due and of the
+    present one: how far zero and the DC of blocks near by, of the same component, lie from it.  While AC is read the
+    next block's is due, for its first bits often share a byte with the last of AC; else both are the same.
 
-    Bytes are read four bits at a time, by states of `nibbles` with the next MCU behind each.
+    Of one that is not read, what its difference will be added to takes its place, and while its bits are read, what
+    they are worth so far is added: what is told is what the rest must be worth for both to be equal.
+
+    Bytes are read four bits at a time, by states of `nibbles` with the next MCU behind each.  No four bits hold the
+    ends of two differences, between which AC takes two or more.
     """
 
     after: Array  # (states * 16,) the state after four bits
     gain: Array  # (2, states * 16) what they add to the DC of the block before them, and to that of the next
-    block: Array  # (states,) of the MCU, or beyond it
+    block: Array  # (states,) whose DC is due, of the MCU or beyond it
     inside: Array  # (S,) the state at each local one of the table; the last, which leads nowhere, outside of MCUs
-    here: Array  # (S,) the block that is read at each local state, a far one outside of MCUs
+    place: Array  # (S,) twice the block that is read at each local state, and one if it is its AC; far outside of MCUs
     blocks: int  # of an MCU
     before: Array  # (n + 1,) the block to whose DC the difference is added: n, one behind all, which is zero, for none
-    near: Array  # (n, K) what is told of each: the slot behind all, which is zero, and blocks; -1 for none
+    near: Array  # (2 * n, K) what is told at each place: the slot behind all, which is zero, and blocks; -1 for none
+    base: Array  # (2 * n, K) and how far from which block
     level: Array  # (8191,)
     spelling: Array  # (vocab, longest) bytes of each token, -1 behind them
     plain: Table | None = None  # of bytes
@@ -413,7 +417,7 @@ class Decoded(Memory):
     def to(self, device: object) -> "Decoded":
         import torch
 
-        arrays = ("after", "gain", "block", "inside", "here", "before", "near", "level", "spelling")
+        arrays = ("after", "gain", "block", "inside", "place", "before", "near", "base", "level", "spelling")
         moved = {name: torch.from_numpy(getattr(self, name)).to(device).long() for name in arrays}
         return replace(self, plain=self.plain.tensors(device), **moved)
 
@@ -453,9 +457,9 @@ class Decoded(Memory):
 
     def look(self, state: State) -> State:
         """A state with what is told there."""
-        present = (state.count * self.blocks + self.here[state.local]).clip(max=len(self.near) - 1)
-        near, row = self.near[present], self.rows(state.local)
-        apart = state.values[row[:, None], near] - state.values[row, present][:, None]
+        place = (state.count * (2 * self.blocks) + self.place[state.local]).clip(max=len(self.near) - 1)
+        near, row = self.near[place], self.rows(state.local)[:, None]
+        apart = state.values[row, near] - state.values[row, self.base[place]]
         told = self.level[apart.clip(-4095, 4095) + 4095] * (near >= 0)
         return State(state.local, state.count, told, state.values)
 
@@ -466,8 +470,9 @@ class Decoded(Memory):
 def decoded(bits: Automaton, at: Layout, grid: tuple[int, int], interval: int) -> Decoded:
     """The memory of `scan`."""
     end, blocks = bits.end, bits.end // (65 * bits.width)
-    nowhere, block = 2 * end + 1, np.arange(end) // (65 * bits.width)
-    beyond = np.concatenate([block, [blocks - 1], blocks + block, [0]])
+    block, coefficient, part = np.unravel_index(np.arange(end), (blocks, 65, bits.width))
+    in_ac = (coefficient > 1) | (coefficient == 1) & (part < bits.nodes)
+    nowhere, beyond = 2 * end + 1, np.concatenate([block + in_ac, [blocks], blocks + block + in_ac, [0]])
     after, gain = into_the_next(bits), np.zeros((2, 2 * end + 2, 2), np.int16)
     gain[0, :end] = gain[0, end + 1 : -1] = worth(bits)
     for _ in range(2):  # two bits, then four
@@ -479,13 +484,21 @@ def decoded(bits: Automaton, at: Layout, grid: tuple[int, int], interval: int) -
     inside = np.full(at.size, nowhere, np.int32)
     inside[:end] = np.arange(end)
     before, near = neighbours(blocks, grid, interval)
-    here = np.full(at.size, len(near), np.int32)
-    here[:end] = block
-    here[at.waiting] = np.where(at.after_ff == end, len(near), beyond[at.after_ff] % blocks)
+    near, base = map(due_and_present, (near, np.arange(len(near), dtype=np.int32)[:, None].repeat(near.shape[1], 1)))
+    place = np.full(at.size, len(near), np.int32)
+    place[:end] = 2 * block + in_ac
+    place[at.waiting] = place[np.where(at.after_ff > end, at.after_ff - end - 1, at.after_ff)]
     after = np.where(after < 0, nowhere, after).reshape(-1).astype(np.int32)
     gain, beyond = gain.reshape(2, -1).astype(np.int16), beyond.astype(np.int32)
     spelling = np.append(np.arange(256), [-1, -1])[:, None].astype(np.int32)
-    return Decoded(after, gain, beyond, inside, here, blocks, before, near, levels(), spelling)
+    return Decoded(after, gain, beyond, inside, place, blocks, before, near, base, levels(), spelling)
+
+
+def due_and_present(of: np.ndarray) -> np.ndarray:
+    """What each block has (n, K), for its DC and its AC in turn (2 * n, 2 * K): of the block that is due, then of the
+    present one."""
+    following = np.append(of[1:], of[-1:], 0)
+    return np.hstack([np.stack([of, following], 1).reshape(-1, of.shape[1]), of.repeat(2, 0)])
 
 
 def worth(bits: Automaton) -> np.ndarray:

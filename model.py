@@ -9,7 +9,8 @@ RMSNorm (arXiv:1910.07467); Shazeer 2020, SwiGLU (arXiv:2002.05202); Ainslie et 
 
 import zlib
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -33,18 +34,26 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of every query and key: no attention logit can grow without bound
 
 
-def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every (position, frequency) angle, each twice side by side: two (T, E)."""
+@lru_cache
+def rotary_table(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Cosine and sine of every (position, frequency) angle, each twice side by side, the first sine negative:
+    (2, length, 1, E)."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(start, end, device=device, dtype=torch.float32), frequency).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]).unsqueeze(2).to(dtype)
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + E/2]) by its position's angle.  x: (B, T, heads, E)."""
-    cos, sin = (part.to(x.dtype).unsqueeze(1) for part in table)
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    cos, sin = table
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+@lru_cache
+def first_rows(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the rows of each syntax position begin in the table that holds those of all: (F,)."""
+    return torch.tensor([0, *accumulate(sizes)][:-1], device=device)
 
 
 class Cache:
@@ -91,7 +100,7 @@ class Attention(nn.Module):
         norm = partial(nn.RMSNorm, self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: Cache | None = None) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads, E)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -127,7 +136,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: Cache | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), table, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -151,7 +160,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab, config.dim)
-        self.embed_positions = nn.ModuleList(nn.Embedding(values, config.dim) for values in config.positions)
+        tables = [sum(config.positions)] * bool(config.positions)  # one for all positions, or none
+        self.embed_positions = nn.ModuleList(nn.EmbeddingBag(rows, config.dim, mode="sum") for rows in tables)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab, bias=False)
@@ -165,10 +175,12 @@ class Llama(nn.Module):
         start, config = cache.length if cache is not None else 0, self.config
         end = start + tokens.shape[1]
         assert end <= config.context, f"{end} tokens, but the model's context is {config.context}"
-        table = rotary_table(start, end, config.dim // config.heads, config.rope_theta, tokens.device)
         x = self.embed_tokens(tokens)
-        for number, embed in enumerate(self.embed_positions):
-            x = x + embed(positions[..., number])
+        for embed in self.embed_positions:
+            rows = positions + first_rows(config.positions, tokens.device)
+            x = x + embed(rows.flatten(0, 1)).view(x.shape)
+        angles = rotary_table(config.context, config.dim // config.heads, config.rope_theta, x.dtype, x.device)
+        table = angles[:, start:end]
         for block in self.layers:
             x = block(x, table, cache)
         if cache is not None:

@@ -21,7 +21,8 @@ from plumbing.draw import draw_curves
 from sample import Sampling, generate
 from train import parse, train
 
-NAMES = ("block", "coefficient", "node", "row", "column", "DC", "left", "above", "right-above")  # of a JPEG's positions
+DC = ("zero", "left", "above", "above-right")  # of the block that is due, and of the one that is here
+NAMES = ("block", "coefficient", "node", "row", "column", *(f"{of}-{each}" for of in ("due", "here") for each in DC))
 SIZES = {"dim 96, 2 layers": "--dim 96 --layers 2 --heads 3 --kv-heads 3 --hidden 256", "dim 192, 4 layers": ""}
 
 

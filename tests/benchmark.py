@@ -70,6 +70,18 @@ def hardware() -> dict[str, object]:
     }
 
 
+def matrix_rate() -> float:
+    """Operations/s of a product of large float32 matrices."""
+    a = torch.randn(2048, 2048)
+    return 2 * 2048**3 / interleaved({"product": lambda: a @ a}, 5)["product"]
+
+
+def memory_bandwidth() -> float:
+    """Bytes/s that are read where memory is just added up."""
+    numbers = torch.ones(1 << 26)
+    return 4 * len(numbers) / interleaved({"sum": numbers.sum}, 5)["sum"]
+
+
 def emit(name: str, medians: dict[str, float], unit: str, ratio: float | None = None, **more: object) -> None:
     """Print one measurement; `ratio` is how many times better ours is than what stands beside it."""
     rounded = {key: float(f"{value:.4g}") for key, value in medians.items()}
@@ -437,6 +449,45 @@ def sampling_of(codec: Codec, drawn: list[np.ndarray]) -> tuple[dict[str, Callab
     return {"grammar": alone, "model": rest}, steps - 1
 
 
+def generation() -> None:
+    """Tokens/s of whole files at dim 192, 4 layers, 6 heads, 256 tokens of 320, with grammar and syntax positions,
+    beside transformers' `generate` without; and what weights, keys and values, read once a token, leave room for."""
+    drawn = [JPEG().encode(draw(i)) for i in range(100)]
+    tokenizer, cpu = learn_pairs(JPEG(), drawn, 320), torch.device("cpu")
+    shape = {"vocab": 320, "context": 512, "dim": 192, "layers": 4, "heads": 6, "kv_heads": 6, "hidden": 512}
+    config = train.Config(**shape, positions=tokenizer.grammar.sizes)
+    model, seeds, bandwidth = train.build_model(config, cpu).eval(), itertools.count(), memory_bandwidth()
+    model.init_weights()
+    for batch, rounds in ((64, 5), (1, 15)):
+        drawing, start = sample.Sampling(length=257), [np.array([tokenizer.start])] * batch
+        tokens = {"ours": []}
+
+        def ours(batch=batch, drawing=drawing, start=start, tokens=tokens) -> None:
+            rows = sample.generate(model, tokenizer, start, [(next(seeds), i) for i in range(batch)], drawing)
+            tokens["ours"].append(sum(map(len, rows)) - batch)
+
+        functions = {"ours": ours}
+        try:
+            from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+            theirs = LlamaForCausalLM(LlamaConfig(**huggingface.settings(config), attn_implementation="sdpa")).eval()
+            drawn_by = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=256, min_new_tokens=256, pad_token_id=0)
+            first = torch.zeros(batch, 1, dtype=torch.long)
+            functions["transformers"] = lambda theirs=theirs, first=first, how=drawn_by: theirs.generate(
+                first, attention_mask=torch.ones_like(first), generation_config=how
+            )
+        except ImportError:
+            pass
+        seconds = interleaved(functions, rounds)
+        counts = {"ours": statistics.median(tokens["ours"]), "transformers": 256 * batch}
+        speeds = {name: counts[name] / value for name, value in seconds.items()}
+        numbers = sum(weight.numel() for weight in model.parameters()) + 2 * 4 * 192 * batch * 128
+        speeds["at the memory's speed"] = batch * bandwidth / (4 * numbers)
+        ratio = speeds["ours"] / speeds["transformers"] if "transformers" in speeds else None
+        reached = round(speeds["ours"] / speeds["at the memory's speed"], 3)
+        emit(f"sampling, {batch} files at once", speeds, "tokens/s", ratio, reached=reached)
+
+
 # --- clips ------------------------------------------------------------------------------------------------------------
 
 
@@ -531,7 +582,7 @@ def small() -> None:
 
 BENCHMARKS = {
     function.__name__: function
-    for function in (training, sharding, saving, scale, preparation, fid, sampling, reading, videos, small)
+    for function in [training, sharding, saving, scale, preparation, fid, sampling, generation, reading, videos, small]
 }
 
 if __name__ == "__main__":

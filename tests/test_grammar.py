@@ -6,6 +6,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -234,57 +235,63 @@ def test_from_every_state_a_legal_token_leads_nearer_to_the_end(codec):
 # --- what was decoded -----------------------------------------------------------------------------------------------
 
 
-def dc_by_bit(bits: str, blocks: list[tuple[int, int, int]]) -> tuple[list, dict]:
-    """Of an interval that holds the blocks of these places (component, row, column), by a reader of its own: after each
-    bit the place of the block that is being read and what its DC is worth; and the DC of each place."""
+Place = tuple[int, int, int]  # of a block: component, row, column
+
+
+def dc_by_bit(bits: str, blocks: list[Place], behind: Place | None) -> tuple[list, dict]:
+    """Of an interval that holds some blocks, by a reader of its own: after each bit the block whose DC is due, `behind`
+    after the last, and what it is worth so far, then the same of the block that is read; and the DC of each."""
     track, spot, before, found = [None] * (len(bits) + 1), 0, [0, 0, 0], {}
-    for place in blocks:
-        worth, coefficient, component = before[place[0]], 0, place[0]
+    for block, following in pairwise([*blocks, behind]):
+        worth, coefficient = before[block[0]], 0
+        due = present = block, worth
         while coefficient < 64:
-            track[spot], code = (place, worth), ""
-            while code not in standard_codes()[int(coefficient > 0), int(component > 0)]:
+            track[spot], code = (due, present), ""
+            while code not in standard_codes()[int(coefficient > 0), int(block[0] > 0)]:
                 code, spot = code + bits[spot], spot + 1
-                track[spot] = place, worth
-            run, size = divmod(standard_codes()[int(coefficient > 0), int(component > 0)][code], 16)
+                track[spot] = due, present
+            run, size = divmod(standard_codes()[int(coefficient > 0), int(block[0] > 0)][code], 16)
             for read in range(1, size + 1):
                 if not coefficient:  # figure F.12, the bits that are missing taken for zeros
                     value = int(bits[spot : spot + read].ljust(size, "0"), 2)
-                    worth = before[component] + value - (bits[spot] == "0") * (2**size - 1)
-                track[spot + read] = place, worth
+                    due = present = block, worth + value - (bits[spot] == "0") * (2**size - 1)
+                track[spot + read] = due, present
             spot += size
+            if not coefficient:
+                before[block[0]] = found[block] = present[1]
+                due = following, before[following[0]] if following in blocks else 0
             coefficient = 64 if coefficient and not run + size else coefficient + run + 1
-        before[component] = found[place] = worth
         track[spot] = None
     return track[: spot + 1] + [None] * 7, found
 
 
 def told_of(codec: JPEG, symbols: np.ndarray) -> list[list[int]]:
     """What is to be told after the start and after each byte."""
-    scale, columns, told, dc = SCALE[codec.subsampling], codec.parts, [], {}
+    scale, columns, told, dc, blocks = SCALE[codec.subsampling], codec.parts, [], {}, []
     level = jpeg.levels()
     segments = re.split(rb"\xff[\xd0-\xd7]", bytes(symbols))
+    for y, x in np.ndindex(columns, columns):
+        blocks += [(0, y * scale + i // scale, x * scale + i % scale) for i in range(scale**2)]
+        blocks += [(1, y, x), (2, y, x)]
+    rank, blocks = {block: i for i, block in enumerate(blocks)}, [*blocks, None]
     for number, segment in enumerate(segments):
-        blocks = []
-        for mcu in range(codec.mcus)[number * codec.restart :][: codec.restart or None]:
-            y, x = divmod(mcu, columns)
-            blocks += [(0, y * scale + i // scale, x * scale + i % scale) for i in range(scale**2)]
-            blocks += [(1, y, x), (2, y, x)]
+        size = (codec.restart or codec.mcus) * (scale**2 + 2)
+        inside, end = blocks[:-1][number * size :][:size], min((number + 1) * size, len(blocks) - 1)
         packed = segment.replace(b"\xff\x00", b"\xff")
-        track, found = dc_by_bit("".join(f"{byte:08b}" for byte in packed), blocks)
+        track, found = dc_by_bit("".join(f"{byte:08b}" for byte in packed), inside, blocks[end])
         dc |= found
-        rank, ends = {place: i for i, place in enumerate(dc)}, [0]
+        ends = [0]
         for i, byte in enumerate(segment):
             ends.append(ends[-1] + 8 * (i == 0 or segment[i - 1] != 0xFF or byte != 0))
         for at in ends:
-            if track[at] is None:
-                told.append([0, 0, 0, 0])
-                continue
-            place, worth = track[at]
-            near = [(place[0], place[1] + down, place[2] + right) for down, right in ((0, -1), (-1, 0), (-1, 1))]
-            known = [0, *(dc[each] if rank.get(each, 1 << 30) < rank[place] else None for each in near)]
-            told.append([0 if each is None else level[each - worth + 4095] for each in known])
-        told += [[0, 0, 0, 0]] * (number + 1 < len(segments))  # after the FF of a marker
-    return [*told, [0, 0, 0, 0]]
+            told.append([])
+            for place, worth in track[at] or [(None, 0)] * 2:
+                directions = ((0, -1), (-1, 0), (-1, 1)) if place else ()
+                near = [(place[0], place[1] + down, place[2] + right) for down, right in directions]
+                known = [0, *(dc[each] if rank.get(each, 1 << 30) < rank[place] else None for each in near)]
+                told[-1] += [0 if each is None else level[each - worth + 4095] for each in known] if place else [0] * 4
+        told += [[0] * 8] * (number + 1 < len(segments))  # after the FF of a marker
+    return [*told, [0] * 8]
 
 
 @pytest.mark.parametrize("codec", [codec for codec in CODECS if not codec.header])

@@ -40,7 +40,7 @@ def test_each_row_comes_once_an_epoch_in_an_order_of_its_own():
 
 
 def test_rows_lie_end_to_end(prepared):
-    stream = Stream(prepared, "train", syntax=9)
+    stream = Stream(prepared, "train", syntax=13)
     rows = stream.row_starts(256)
     assert np.array_equal(np.diff(rows), np.full(len(rows) - 1, 256))
     assert rows[-1] + 257 <= stream.bounds[-1] < rows[-1] + 257 + 256
@@ -48,7 +48,7 @@ def test_rows_lie_end_to_end(prepared):
 
 def test_reading_crosses_shards_and_the_end(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "data")
-    whole = Stream(prepared, "train", syntax=9)
+    whole = Stream(prepared, "train", syntax=13)
     tokens, report = whole.read(0, int(whole.bounds[-1])), json.loads((prepared / "report.json").read_text())
     cut = int(whole.documents[5])
     for i, part in enumerate((tokens[:cut], tokens[cut:])):
@@ -102,7 +102,7 @@ def test_legal_bits_are_of_a_softmax_over_legal_tokens(prepared, tmp_path):
 
 def test_positions_in_the_data_are_those_of_the_grammar(prepared):
     """Any piece of the stream, whole documents and parts: what data.prepare wrote is what reading the tokens gives."""
-    stream, grammar = Stream(prepared, "train", syntax=9), load_tokenizer(prepared).grammar
+    stream, grammar = Stream(prepared, "train", syntax=13), load_tokenizer(prepared).grammar
     whole = []
     for begin, end in zip(stream.documents, stream.documents[1:], strict=False):
         whole.append(grammar.positions(grammar.walk([stream.read(begin, end - begin)]).states)[0])
@@ -113,7 +113,7 @@ def test_positions_in_the_data_are_those_of_the_grammar(prepared):
     pieces += [(0, len(whole)), (int(stream.documents[3]), int(stream.documents[4]))]
     for start, end in pieces:
         assert np.array_equal(stream.read_syntax(start, end - start), whole[start:end])
-    with pytest.raises(UserError, match="another version .9 syntax positions a token, and not 5.: prepare it anew"):
+    with pytest.raises(UserError, match="another version .13 syntax positions a token, and not 5.: prepare it anew"):
         Stream(prepared, "train", syntax=5)
 
 
