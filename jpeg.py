@@ -406,18 +406,19 @@ class Decoded(Memory):
     place: Array  # (S,) twice the block that is read at each local state, and one if it is its AC; far outside of MCUs
     blocks: int  # of an MCU
     before: Array  # (n + 1,) the block to whose DC the difference is added: n, one behind all, which is zero, for none
-    near: Array  # (2 * n, K) what is told at each place: the slot behind all, which is zero, and blocks; -1 for none
-    base: Array  # (2 * n, K) and how far from which block
-    level: Array  # (8191,)
+    near: Array  # (2 * n, 2, K) what is told at each place: slot n, which is zero, and blocks; slot n + 1 for none
+    base: Array  # (2 * n, 2) of the block that is due, and of the present one
+    first: Array  # (n + 2,) what the slots hold at first: zero, but for the last, which is far
+    level: Array  # (8192,) what is told of a difference, which if negative counts from the end
     spelling: Array  # (vocab, longest) bytes of each token, -1 behind them
     plain: Table | None = None  # of bytes
 
-    sizes = property(lambda self: (int(self.level.max()) + 1,) * self.near.shape[1])
+    sizes = property(lambda self: (int(self.level.max()) + 1,) * self.near[0].size)
 
     def to(self, device: object) -> "Decoded":
         import torch
 
-        arrays = ("after", "gain", "block", "inside", "place", "before", "near", "base", "level", "spelling")
+        arrays = ("after", "gain", "block", "inside", "place", "before", "near", "base", "first", "level", "spelling")
         moved = {name: torch.from_numpy(getattr(self, name)).to(device).long() for name in arrays}
         return replace(self, plain=self.plain.tensors(device), **moved)
 
@@ -429,7 +430,7 @@ class Decoded(Memory):
         return replace(self, spelling=spelling)
 
     def begin(self, local: Array) -> State:
-        return self.look(State(local, local * 0, None, (local[:, None] + self.before) * 0))
+        return self.look(State(local, local * 0, None, local[:, None] * 0 + self.first))
 
     def read(self, before: State, after: State, tokens: Array, legal: Array) -> State:
         place, values, spelled = before, before.values, self.spelling[tokens]
@@ -458,9 +459,10 @@ class Decoded(Memory):
     def look(self, state: State) -> State:
         """A state with what is told there."""
         place = (state.count * (2 * self.blocks) + self.place[state.local]).clip(max=len(self.near) - 1)
-        near, row = self.near[place], self.rows(state.local)[:, None]
-        apart = state.values[row, near] - state.values[row, self.base[place]]
-        told = self.level[apart.clip(-4095, 4095) + 4095] * (near >= 0)
+        row = self.rows(state.local)[:, None]
+        base = state.values[row, self.base[place]][..., None]
+        apart = state.values[row[..., None], self.near[place]] - base
+        told = self.level[apart.clip(-4096, 4095)].reshape(len(place), -1)
         return State(state.local, state.count, told, state.values)
 
     def rows(self, local: Array) -> Array:
@@ -484,21 +486,24 @@ def decoded(bits: Automaton, at: Layout, grid: tuple[int, int], interval: int) -
     inside = np.full(at.size, nowhere, np.int32)
     inside[:end] = np.arange(end)
     before, near = neighbours(blocks, grid, interval)
-    near, base = map(due_and_present, (near, np.arange(len(near), dtype=np.int32)[:, None].repeat(near.shape[1], 1)))
+    near, base = map(due_and_present, (near, np.arange(len(near))))
+    first, level = np.zeros(len(before) + 1, np.int32), np.roll(np.append(0, levels()), -4096).astype(np.int16)
+    first[-1] = -(1 << 20)
     place = np.full(at.size, len(near), np.int32)
     place[:end] = 2 * block + in_ac
     place[at.waiting] = place[np.where(at.after_ff > end, at.after_ff - end - 1, at.after_ff)]
     after = np.where(after < 0, nowhere, after).reshape(-1).astype(np.int32)
     gain, beyond = gain.reshape(2, -1).astype(np.int16), beyond.astype(np.int32)
     spelling = np.append(np.arange(256), [-1, -1])[:, None].astype(np.int32)
-    return Decoded(after, gain, beyond, inside, place, blocks, before, near, base, levels(), spelling)
+    return Decoded(after, gain, beyond, inside, place, blocks, before, near, base, first, level, spelling)
 
 
 def due_and_present(of: np.ndarray) -> np.ndarray:
-    """What each block has (n, K), for its DC and its AC in turn (2 * n, 2 * K): of the block that is due, then of the
-    present one."""
+    """What each block has (n, ...), for its DC and its AC in turn (2 * n, 2, ...): of the block that is due, then of
+    the present one."""
     following = np.append(of[1:], of[-1:], 0)
-    return np.hstack([np.stack([of, following], 1).reshape(-1, of.shape[1]), of.repeat(2, 0)])
+    pairs = np.stack([np.stack([of, of], 1), np.stack([following, of], 1)], 1)
+    return pairs.reshape(-1, *pairs.shape[2:])
 
 
 def worth(bits: Automaton) -> np.ndarray:
@@ -515,10 +520,11 @@ def worth(bits: Automaton) -> np.ndarray:
 def neighbours(blocks: int, grid: tuple[int, int], interval: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each block of a scan, those of two MCUs behind the last included, the number of the one before it of its
     component (n + 1,), their count n where there is none; and (n, K) that count and the numbers of those in the
-    directions of NEAR, as far as they come before it, -1 for none."""
+    directions of NEAR, as far as they come before it, n + 1 for none."""
     scale, (rows, columns) = round((blocks - 2) ** 0.5), grid
     count = (rows * columns + 2) * blocks
-    before, near = np.full(count + 1, count, np.int32), np.full((count, 1 + len(NEAR)), -1, np.int32)
+    none = count + 1
+    before, near = np.full(count + 1, count, np.int32), np.full((count, 1 + len(NEAR)), none)
     near[: rows * columns * blocks, 0], places = count, {}
     for number in range(rows * columns * blocks):
         mcu, block = divmod(number, blocks)
@@ -528,6 +534,6 @@ def neighbours(blocks: int, grid: tuple[int, int], interval: int) -> tuple[np.nd
             before[number] = number - 1
         elif mcu % interval:
             before[number] = (mcu - 1) * blocks + (block or blocks - 3)
-        near[number, 1:] = [places.get((place[0], place[1] + down, place[2] + right), -1) for down, right in NEAR]
+        near[number, 1:] = [places.get((place[0], place[1] + down, place[2] + right), none) for down, right in NEAR]
         places[place] = number
     return before, near

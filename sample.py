@@ -61,16 +61,26 @@ class Sampling:
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Draw a next token for each row of logits (B, V) with its number `uniform` (B,) in [0, 1): (B,).
 
-    The tokens stand in the order of their probability, and the number says how far down the row to go.
+    The tokens' probabilities lie end to end, and the number says where among them to look.  Sums of many may be rounded
+    otherwise one by one, so impossible tokens are left out, lest an end of theirs be met.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    values, tokens = logits.float().topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
-    probability = (values / sampling.temperature).softmax(-1)
-    probability[probability.cumsum(-1) - probability >= sampling.top_p] = 0
-    below = probability.cumsum(-1)
-    place = torch.searchsorted(below, (uniform * below[:, -1])[:, None], right=True)
-    return tokens.gather(-1, place.clamp(max=(probability > 0).sum(-1, keepdim=True) - 1))[:, 0]
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k or sampling.top_p < 1:
+        logits = likeliest(logits, sampling)
+    probability = logits.softmax(-1)
+    ends = probability.cumsum(-1).masked_fill(probability == 0, -1)
+    place = (1 - uniform[:, None]) * ends.amax(-1, keepdim=True)  # above zero, and no more than the last end
+    return (ends >= place).byte().argmax(-1)  # the first
+
+
+def likeliest(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits (B, V) that are -inf but for the likeliest tokens."""
+    values, tokens = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
+    probability = values.softmax(-1)
+    values[probability.cumsum(-1) - probability >= sampling.top_p] = -math.inf
+    return torch.full_like(logits, -math.inf).scatter(-1, tokens, values)
 
 
 class Dice:

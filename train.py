@@ -3,7 +3,8 @@
     python train.py                                                   # ten minutes on a laptop, from drawing to writing
     python train.py --config tiny --out out/try                       # the same in a minute, to see that it runs
     python train.py --config video                                    # clips of moving shapes, a quarter of an hour
-    python train.py --config base --data data/photos                  # what `python -m data.prepare` made, on a GPU
+    python train.py --config photos --data data/photos                # what `python -m data.prepare` made
+    python train.py --config base --data data/photos                  # the same on a GPU
     torchrun --nproc-per-node 8 train.py --config 7b --data data/web  # eight GPUs; --nnodes for more machines
 
 The same command continues an interrupted run, on any number of processes that divides the batch.
@@ -67,8 +68,9 @@ class Config(ModelConfig):
     micro: int = 4  # rows per forward pass of one process: to fit memory, or a CPU's cache
     lr: float = 1e-3  # peak learning rate
     warmup: int = 100  # steps of linear rise, before the cosine fall to a tenth of the peak
+    embed_lr: float = 1.0  # learning rate of the embeddings, in units of lr
     muon: bool = False  # Muon, instead of AdamW, for the matrices of the blocks
-    decay: float = 0.1  # weight decay of the matrices
+    decay: float = 0.1  # weight decay of the matrices, but for embeddings
     clip: float = 1.0  # largest gradient norm
     seed: int = 0  # of the weights, the order of the rows and the samples
     log_every: int = 20  # steps from one line of the log to the next
@@ -84,16 +86,17 @@ class Config(ModelConfig):
     sync_each_pass: bool = False  # exchange gradients after each pass, not once a step: less memory, more traffic
 
 
-SYNTAX = partial(Config, syntax=True, muon=True)
-MOVING = partial(SYNTAX, muon=False, data="data/moving", samples=16, steps=1900, every=950)
+SYNTAX = partial(Config, syntax=True, muon=True, embed_lr=4.0)
+MOVING = partial(SYNTAX, muon=False, embed_lr=1.0, data="data/moving", samples=16, steps=1900, every=950)
 PAPER = partial(Config, context=12_288, lr=3e-4, warmup=2000, steps=36_240, batch=512, micro=1, save_every=50)
 LARGE = partial(PAPER, samples=1, compile=True, recompute=True)
-SHORT, LONG = {"steps": 3000, "every": 1000}, {"steps": 20_000, "every": 1000}
+SHORT, LONG, LONGER = ({"steps": steps, "every": 1000} for steps in (3000, 6000, 20_000))
 CONFIGS = {  # Llama's own shapes from 1b on; there the context and the learning rate are the paper's, the rest is ours
     "tiny":  SYNTAX(dim=64, layers=2, heads=2, kv_heads=2, hidden=176, context=512, steps=200, every=100, lr=3e-3),
-    "small": SYNTAX(dim=128, layers=4, heads=4, kv_heads=4, hidden=344, context=1024, batch=2, lr=6e-3, **SHORT),
+    "small": SYNTAX(dim=128, layers=4, heads=4, kv_heads=4, hidden=344, context=704, batch=3, lr=6e-3, **SHORT),
+    "photos": SYNTAX(dim=192, layers=4, heads=6, kv_heads=6, hidden=512, context=1024, batch=2, lr=6e-3, **LONG),
     "video": MOVING(dim=128, layers=4, heads=4, kv_heads=4, hidden=344, context=640, lr=3e-3),
-    "base":  SYNTAX(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, **LONG),
+    "base":  SYNTAX(dim=768, layers=14, heads=12, kv_heads=12, hidden=2048, batch=64, micro=16, **LONGER),
     "1b":    LARGE(dim=2048, layers=16, heads=32, kv_heads=8, hidden=8192),
     "7b":    LARGE(dim=4096, layers=32, heads=32, kv_heads=32, hidden=11_008),
     "13b":   LARGE(dim=5120, layers=40, heads=40, kv_heads=40, hidden=13_824, sync_each_pass=True),
@@ -172,14 +175,20 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer]:
-    """AdamW, the field's usual betas, and if asked for Muon for the blocks' matrices; gains are not decayed."""
+    """AdamW, the field's usual betas, and if asked for Muon for the blocks' matrices; embeddings and gains are not
+    decayed.  A group's `scale` is its learning rate in units of the schedule's."""
+    embeddings = [*model.embed_tokens.parameters(), *model.embed_positions.parameters()]
     gains = [weight for weight in model.parameters() if weight.dim() == 1]
-    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
-    blocks = {*model.layers.parameters()} if config.muon else set()
-    inner, others = ([weight for weight in matrices if (weight in blocks) is of] for of in (True, False))
-    groups = [{"params": others, "weight_decay": config.decay}, {"params": gains, "weight_decay": 0.0}]
+    blocks = {weight for weight in model.layers.parameters() if weight.dim() == 2 and config.muon}
+    others = [weight for weight in model.parameters() if weight not in {*embeddings, *gains, *blocks}]
+    groups = [
+        {"params": others, "weight_decay": config.decay, "scale": 1.0},
+        {"params": embeddings, "weight_decay": 0.0, "scale": config.embed_lr},
+        {"params": gains, "weight_decay": 0.0, "scale": 1.0},
+    ]
     adam = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    return [adam, Muon(inner, lr=config.lr, weight_decay=config.decay)] if inner else [adam]
+    inner = [{"params": [weight for weight in model.parameters() if weight in blocks], "scale": 1.0}]
+    return [adam, Muon(inner, lr=config.lr, weight_decay=config.decay)] if blocks else [adam]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -363,7 +372,7 @@ def loop(run: Run, stop: Stop, saver: Saver) -> None:
     meter, stopping = Meter(run, config.batch * config.context), False
     while run.step < config.steps and not stopping:
         for group in (group for each in optimizers for group in each.param_groups):
-            group["lr"] = learning_rate(run.step, config)
+            group["lr"] = group["scale"] * learning_rate(run.step, config)
         numbers = rows_of_step(run.step, config.batch, len(starts), config.seed)
         loss = backward(model, run.train, starts[numbers[rank() :: world()]], micro, config, run.device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)

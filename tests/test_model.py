@@ -96,17 +96,28 @@ def test_tokens_are_drawn_with_their_probability():
         torch.testing.assert_close(share, (logits / temperature).softmax(0), rtol=0, atol=2e-4)
 
 
+def test_what_is_impossible_is_never_drawn():
+    """At both ends of the row too, where rounding could lead there: the largest number below one, and zero."""
+    logits = torch.randn(500, 40, generator=torch.Generator().manual_seed(0)) * 4
+    logits[:, [0, 1, 20, 38, 39]] = -torch.inf
+    for number in (0.0, 0.5, 1 - 2**-24):
+        for sampling in (Sampling(), Sampling(top_p=0.9), Sampling(top_k=30)):
+            drawn = choose(logits, torch.full((500,), number), sampling)
+            assert logits.gather(1, drawn[:, None]).isfinite().all()
+
+
 def test_top_k_and_top_p_keep_the_likeliest():
     logits, uniform = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)), torch.rand(64)
     assert torch.equal(choose(logits, uniform, Sampling(1.0, 1, 1.0)), logits.argmax(-1))
     assert torch.equal(choose(logits, uniform, Sampling(0.0, 0, 1.0)), logits.argmax(-1))
     assert torch.equal(choose(logits, uniform, Sampling(1.0, 0, 1e-6)), logits.argmax(-1))
-    top = choose(logits, torch.full((64,), 0.999999), Sampling(1.0, 3, 1.0))
-    assert torch.equal(top, logits.topk(3).indices[:, 2])
-    last = choose(logits, torch.full((64,), 0.999999), Sampling(1.0, 0, 0.5))
     order = logits.argsort(-1, descending=True)
     sums = logits.softmax(-1).gather(-1, order).cumsum(-1)
-    assert torch.equal(last, order.gather(-1, (sums < 0.5).sum(-1, keepdim=True))[:, 0])
+    counts = {Sampling(top_k=3): torch.full((64,), 3), Sampling(top_p=0.5): 1 + (sums < 0.5).sum(-1)}
+    for sampling, count in counts.items():
+        drawn = torch.stack([choose(logits, torch.full((64,), i / 500), sampling) for i in range(500)], 1)
+        for row, kept, likeliest in zip(drawn, count, order, strict=True):
+            assert {*row.tolist()} == {*likeliest[:kept].tolist()}
 
 
 def test_a_picture_does_not_depend_on_its_batch():

@@ -24,7 +24,7 @@ from plumbing.command import UserError
 from plumbing.files import digest
 from plumbing.muon import Muon, orthogonal
 from tests.conftest import ROOT, RUN, command, config, fresh, losses, torchrun, validation
-from train import CONFIGS, Config, evaluate, parse, rows_of_step, train
+from train import CONFIGS, Config, build_model, build_optimizers, evaluate, parse, rows_of_step, train
 
 # --- data -----------------------------------------------------------------------------------------------------------
 
@@ -351,6 +351,24 @@ def test_presets_have_the_papers_and_llamas_sizes():
     assert sizes["7b"] == 6_478_893_056
     assert 9e7 < sizes["base"] < 1.1e8 and 9e8 < sizes["1b"] < 1.1e9
     assert 1.2e10 < sizes["13b"] < 1.35e10 and 6.5e10 < sizes["70b"] < 7e10
+
+
+def test_each_weight_is_trained_by_one_optimizer():
+    """Embeddings faster than the rest and without decay; gains without decay; and all by the schedule."""
+    for settings in (replace(CONFIGS["tiny"], positions=(3, 5)), replace(CONFIGS["tiny"], muon=False, embed_lr=1.0)):
+        model = build_model(settings, torch.device("cpu"))
+        names, found = {weight: name for name, weight in model.named_parameters()}, {}
+        for optimizer in build_optimizers(model, settings):
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    assert names[weight] not in found
+                    found[names[weight]] = type(optimizer), group["scale"], group["weight_decay"]
+        assert found.keys() == {*names.values()}
+        for name, (kind, scale, decay) in found.items():
+            matrix = name.endswith("proj.weight")
+            assert kind is (Muon if settings.muon and matrix else torch.optim.AdamW)
+            assert scale == (settings.embed_lr if name.startswith("embed") else 1)
+            assert decay == (settings.decay if matrix or name.startswith("lm_head") else 0)
 
 
 def test_muon_takes_the_steps_of_pytorchs():
