@@ -207,7 +207,8 @@ def step_of(config: train.Config, device: torch.device, rows: int) -> tuple[Call
 
 
 def training() -> None:
-    """Tokens/s of a step at dim 192, 4 layers, 6 heads, context 512, batch 16, beside transformers' Llama."""
+    """Tokens/s of a step at dim 192, 4 layers, 6 heads, context 512, batch 16, beside transformers' Llama; and what share
+    of the rate of a large matrix product that is."""
     shape = {"vocab": 320, "context": 512, "dim": 192, "layers": 4, "heads": 6, "kv_heads": 6, "hidden": 512}
     config, cpu = train.Config(**shape), torch.device("cpu")
     functions = {"ours": config, "ours in one pass": replace(config, micro=16)}
@@ -232,7 +233,9 @@ def training() -> None:
         pass
     speeds = {name: 16 * 512 / seconds for name, seconds in interleaved(functions, rounds=7).items()}
     ratio = speeds["ours"] / speeds["transformers"] if "transformers" in speeds else None
-    emit("training step, 1.9M parameters", speeds, "tokens/s", ratio)
+    parameters, _ = plan.count(config)
+    reached = speeds["ours"] * plan.flops_of(config, parameters) / matrix_rate()
+    emit("training step, 1.9M parameters", speeds, "tokens/s", ratio, reached=round(reached, 3))
 
 
 # --- at scale ---------------------------------------------------------------------------------------------------------
@@ -367,7 +370,8 @@ def bare_loop(paths: list[Path]) -> int:
 
 
 def preparation() -> None:
-    """Files/s of data.prepare beside a bare Pillow loop on as many processes; memory at few files and at many."""
+    """Files/s of data.prepare, with syntax positions and without, beside a bare Pillow loop on as many processes; memory
+    at few files and at many."""
     count = 16_384
     with tempfile.TemporaryDirectory() as folder:
         pictures, outs = Path(folder) / "pictures", itertools.count()
@@ -381,11 +385,12 @@ def preparation() -> None:
             with ProcessPoolExecutor(cores()) as pool:
                 list(pool.map(bare_loop, [paths[i : i + 64] for i in range(0, count, 64)]))
 
-        def ours() -> None:
+        def ours(syntax: bool = False) -> None:
             with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
-                prepare(pictures, Path(folder) / f"out{next(outs)}", JPEG(), 320, 0.05, cores())
+                prepare(pictures, Path(folder) / f"out{next(outs)}", JPEG(), 320, 0.05, cores(), syntax)
 
-        speeds = {name: count / seconds for name, seconds in interleaved({"ours": ours, "bare": bare}, 3).items()}
+        functions = {"ours": ours, "ours with syntax positions": lambda: ours(True), "bare": bare}
+        speeds = {name: count / seconds for name, seconds in interleaved(functions, 3).items()}
         emit("preparation, 96 to 64 px", speeds, "files/s", speeds["ours"] / speeds["bare"])
 
         peaks = {}
