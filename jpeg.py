@@ -10,8 +10,9 @@ coded unit (MCU).  After a restart marker DC is a difference from zero, and bits
 
 The first half of this page is a parser in the words of the standard (ITU-T T.81, clauses are its own); `codec.JPEG`
 checks files with it.  The second half is the same knowledge as a machine that takes a byte and says which may follow;
-sampling and the model's syntax positions use that.  The two share the Huffman tables and nothing else, so each tests
-the other.
+sampling and the model's syntax positions use that.  The two share the tables of the file and nothing else, so each
+tests the other.  Both also know how large a coefficient can be in a picture of 8 bits: a model that is free to write
+larger ones now and then covers a block with black and white stripes.
 """
 
 import re
@@ -22,20 +23,28 @@ import numpy as np
 
 from grammar import ALWAYS, FAR, NEVER, Array, Memory, State, Table, bits_of, expansions, rules_of
 
-DHT = 0xC4  # the marker of Huffman tables (table B.1)
+DHT, DQT = 0xC4, 0xDB  # the markers of Huffman tables and of quantization tables (table B.1)
 Codes = dict[tuple[int, int], dict[str, int]]  # by (class, identifier), DC 0 or AC 1, luma 0 or chroma 1: {bits: value}
 
 
 # --- a parser -------------------------------------------------------------------------------------------------------
 
 
-def huffman_codes(tables: bytes) -> Codes:
-    """The Huffman codes of some DHT segments (B.2.4.2)."""
-    at, found = 0, {}
+def segments(tables: bytes, wanted: int) -> Iterator[bytes]:
+    """What the segments of one marker hold."""
+    at = 0
     while at < len(tables):
         marker, length = tables[at + 1], int.from_bytes(tables[at + 2 : at + 4])
-        segment, at = tables[at + 4 : at + 2 + length], at + 2 + length
-        while marker == DHT and segment:
+        if marker == wanted:
+            yield tables[at + 4 : at + 2 + length]
+        at += 2 + length
+
+
+def huffman_codes(tables: bytes) -> Codes:
+    """The Huffman codes of some DHT segments (B.2.4.2)."""
+    found = {}
+    for segment in segments(tables, DHT):
+        while segment:
             key, counts = (segment[0] >> 4, segment[0] & 15), segment[1:17]
             values, segment = segment[17 : 17 + sum(counts)], segment[17 + sum(counts) :]
             codes, code, value = {}, 0, iter(values)
@@ -46,6 +55,23 @@ def huffman_codes(tables: bytes) -> Codes:
                 code <<= 1
             found[key] = codes
     return found
+
+
+def largest_sizes(tables: bytes) -> list[list[int]]:
+    """How many bits a coefficient can have in a picture of 8 bits, (2, 64) of luma and chroma in zigzag order, by the
+    DQT segments (B.2.4.1, tables of bytes).
+
+    A transform of 8 bits gives no more than 10 and a sign, which the table's number divides, rounding (A.3.3 and
+    A.3.4); of DC it is the difference of two.
+    """
+    found = {}
+    for segment in segments(tables, DQT):
+        while segment:
+            found[segment[0] & 15], segment = segment[1:65], segment[65:]
+    return [
+        [((2047 - 1024 * (k > 0) + step // 2) // step).bit_length() for k, step in enumerate(found[which])]
+        for which in (0, 1)
+    ]
 
 
 class Damage(Exception):
@@ -95,9 +121,15 @@ class Bits:
         self.at = len(self.bits)
 
 
-def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int]) -> None:
-    """One block of 64 coefficients (F.2.2): DC, then those of AC that are not zero."""
-    bits.take(bits.code(dc))  # a code says how many bits the difference from the DC before has; here they are
+def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int], largest: list[int]) -> None:
+    """One block of 64 coefficients (F.2.2): DC, then those of AC that are not zero; none larger than can be."""
+
+    def value(index: int, size: int) -> None:
+        if size > largest[index]:
+            raise Damage(f"byte {bits.offset}: coefficient {index} has {size} bits in {bits.place}, more than it can")
+        bits.take(size)
+
+    value(0, bits.code(dc))  # a code says how many bits the difference from the DC before has; here they are
     last = 0  # index of the last coefficient that is known, in zigzag order
     while last < 63:
         zeros, size = divmod(bits.code(ac), 16)
@@ -107,12 +139,14 @@ def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int]) -> None:
             last += 16
         else:
             last += zeros + 1
-            bits.take(size)
         if last > (62 if size == 0 else 63):
             raise Damage(f"byte {bits.offset}: more than 64 coefficients in {bits.place}")
+        value(last, size)
 
 
-def read_scan(data: bytes, start: int, codes: Codes, luma: int, mcus: int, restart: int) -> Iterator[int]:
+def read_scan(
+    data: bytes, start: int, codes: Codes, largest: list[list[int]], luma: int, mcus: int, restart: int
+) -> Iterator[int]:
     """Parse the entropy-coded data of so many MCUs of `luma` blocks of Y, a marker after every `restart` of them (0:
     never), and give after each the offset behind its last whole byte.  Errors: Damage."""
     interval, bits = restart or mcus, Bits(data, start)
@@ -120,7 +154,7 @@ def read_scan(data: bytes, start: int, codes: Codes, luma: int, mcus: int, resta
         for block in range(luma + 2):
             bits.place = f"MCU {mcu}, block {block}"
             chroma = int(block >= luma)
-            read_block(bits, codes[0, chroma], codes[1, chroma])
+            read_block(bits, codes[0, chroma], codes[1, chroma], largest[chroma])
         if (mcu + 1) % interval and mcu + 1 < mcus:
             yield bits.offset
             continue
@@ -169,8 +203,8 @@ def following(coefficient: int, run: int, size: int) -> int:
     return after if after < 64 or (after == 64 and (run, size) != (15, 0)) else -1
 
 
-def automaton(codes: Codes, luma: int) -> Automaton:
-    """For MCUs of `luma` blocks of Y, then one of each colour."""
+def automaton(codes: Codes, largest: list[list[int]], luma: int) -> Automaton:
+    """For MCUs of `luma` blocks of Y, then one of each colour, and values of no more bits than `largest` says."""
     trees = {key: tree(table) for key, table in codes.items()}
     nodes = max(map(len, trees.values()))
     width, blocks = nodes + 2 * LONGEST_VALUE, luma + 2
@@ -196,7 +230,8 @@ def automaton(codes: Codes, luma: int) -> Automaton:
                     if child < 0:  # a whole code
                         run, size = divmod(-1 - child, 16)  # zeros before the value, bits of the value
                         after = following(coefficient, run, size)
-                        target = -1 if after < 0 else reach(block, after, size, True)
+                        fits = after >= 0 and size <= largest[int(block >= luma)][after - 1]
+                        target = reach(block, after, size, True) if fits else -1
                     steps[block, coefficient, node, bit] = target
     return Automaton(steps.reshape(-1, 2), nodes, width)
 

@@ -207,8 +207,8 @@ def step_of(config: train.Config, device: torch.device, rows: int) -> tuple[Call
 
 
 def training() -> None:
-    """Tokens/s of a step at dim 192, 4 layers, 6 heads, context 512, batch 16, beside transformers' Llama; and what share
-    of the rate of a large matrix product that is."""
+    """Tokens/s of a step at dim 192, 4 layers, 6 heads, context 512, batch 16, beside transformers', and its share
+    of the rate of a large matrix product."""
     shape = {"vocab": 320, "context": 512, "dim": 192, "layers": 4, "heads": 6, "kv_heads": 6, "hidden": 512}
     config, cpu = train.Config(**shape), torch.device("cpu")
     functions = {"ours": config, "ours in one pass": replace(config, micro=16)}
@@ -370,8 +370,8 @@ def bare_loop(paths: list[Path]) -> int:
 
 
 def preparation() -> None:
-    """Files/s of data.prepare, with syntax positions and without, beside a bare Pillow loop on as many processes; memory
-    at few files and at many."""
+    """Files/s of data.prepare, with syntax positions and without, beside a bare Pillow loop on as many processes, and
+    memory at few files and at many."""
     count = 16_384
     with tempfile.TemporaryDirectory() as folder:
         pictures, outs = Path(folder) / "pictures", itertools.count()

@@ -6,7 +6,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -158,6 +158,24 @@ def test_encoder_output_is_accepted():
         files = [codec.encode(picture(number * count + i, codec.size)) for i in range(count)]
         for vocabulary in (plain_of(codec), tokens):
             assert accepted(vocabulary.grammar, [vocabulary.encode([file])[0] for file in files]).all()
+
+
+@pytest.mark.parametrize("quality", [1, 10, 25, 50, 75, 90, 100])
+@pytest.mark.parametrize("subsampling", SCALE)
+def test_the_largest_coefficients_that_pictures_have_are_accepted(subsampling, quality):
+    """Black where a wave of the transform is negative and white where it is not gives the largest coefficient there is;
+    of brightness, in one colour alone, and turned round.  At every quality some have all the bits that are allowed."""
+    codec = JPEG(size=16, subsampling=subsampling, quality=quality, restart=0)
+    scale, files, colours = SCALE[subsampling], [], ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    waves = np.cos((2 * np.arange(8) + 1) * np.arange(8)[:, None] * np.pi / 16)
+    waves = np.einsum("uy,vx->uvyx", waves, waves).reshape(64, 8, 8)
+    for wave, colour, sign in product(waves, colours, (1, -1)):
+        shown = np.kron(np.tile(sign * wave > 0, (2 // scale,) * 2), np.ones((scale, scale)))
+        files.append(codec.encode((255 * shown[..., None] * colour).astype(np.uint8)))
+    assert [*map(codec.check, files)] == [None] * len(files)
+    assert accepted(plain_of(codec).grammar, [plain_of(codec).encode([file])[0] for file in files]).all()
+    codec.__dict__["largest"] = [[max(0, bits - 1) for bits in each] for each in codec.largest]
+    assert sum(codec.check(file) is not None for file in files) > 10
 
 
 def test_mutants_are_judged_as_check_judges():
