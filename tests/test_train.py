@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import model as model_module
 import train as module
 from codec import load_tokenizer
 from data.stream import Stream
@@ -302,6 +303,7 @@ def test_planned_memory_is_what_a_step_takes(name, gpus, passes, change, monkeyp
         monkeypatch.setattr(processes, "init_device_mesh", lambda *_: mesh)
         monkeypatch.setattr(processes, "precision", lambda _: torch.bfloat16)
         monkeypatch.setattr(torch.nn.functional, "rms_norm", FusedNorm.apply)
+        model_module.rotary_table.cache_clear()  # of tensors that are real, or of another case
         with FakeTensorMode():
             x = torch.zeros(settings.micro, settings.context, dtype=torch.long)
             monkeypatch.setattr(module, "batch_of", lambda *_: (x, x[..., None], x))
@@ -310,6 +312,7 @@ def test_planned_memory_is_what_a_step_takes(name, gpus, passes, change, monkeyp
                 module.backward(model, None, rows, settings.micro, settings, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+        model_module.rotary_table.cache_clear()
     parts, (_, block) = plan.memory_plan(settings, gpus), plan.count(settings)
     planned = parts["in all"] - parts["moments"]  # there is no optimizer here
     assert held.most < planned
