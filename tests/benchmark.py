@@ -216,6 +216,7 @@ def training() -> None:
         functions["ours compiled"] = replace(config, compile=True)
     functions = {name: step_of(settings, cpu, 16)[0] for name, settings in functions.items()}
     try:
+        complete_torchvision()
         from transformers import LlamaConfig, LlamaForCausalLM
 
         theirs = LlamaForCausalLM(LlamaConfig(**huggingface.settings(config), attn_implementation="sdpa"))
@@ -473,6 +474,7 @@ def generation() -> None:
 
         functions = {"ours": ours}
         try:
+            complete_torchvision()
             from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
             theirs = LlamaForCausalLM(LlamaConfig(**huggingface.settings(config), attn_implementation="sdpa")).eval()
