@@ -179,16 +179,17 @@ def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer
     decayed.  A group's `scale` is its learning rate in units of the schedule's."""
     embeddings = [*model.embed_tokens.parameters(), *model.embed_positions.parameters()]
     gains = [weight for weight in model.parameters() if weight.dim() == 1]
-    blocks = {weight for weight in model.layers.parameters() if weight.dim() == 2 and config.muon}
-    others = [weight for weight in model.parameters() if weight not in {*embeddings, *gains, *blocks}]
+    inner = [weight for weight in model.layers.parameters() if weight.dim() == 2 and config.muon]
+    known = {*embeddings, *gains, *inner}
+    others = [weight for weight in model.parameters() if weight not in known]
     groups = [
         {"params": others, "weight_decay": config.decay, "scale": 1.0},
         {"params": embeddings, "weight_decay": 0.0, "scale": config.embed_lr},
         {"params": gains, "weight_decay": 0.0, "scale": 1.0},
     ]
     adam = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    inner = [{"params": [weight for weight in model.parameters() if weight in blocks], "scale": 1.0}]
-    return [adam, Muon(inner, lr=config.lr, weight_decay=config.decay)] if blocks else [adam]
+    muon = [Muon([{"params": inner, "scale": 1.0}], lr=config.lr, weight_decay=config.decay)] if inner else []
+    return [adam, *muon]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

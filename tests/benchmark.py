@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -206,20 +207,27 @@ def step_of(config: train.Config, device: torch.device, rows: int) -> tuple[Call
     return step, model
 
 
+SHAPE = {"vocab": 320, "context": 512, "dim": 192, "layers": 4, "heads": 6, "kv_heads": 6, "hidden": 512}
+
+
+def transformers_llama(config: train.Config) -> nn.Module:
+    """transformers' own model of the same shape; ImportError where it is not installed."""
+    complete_torchvision()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**huggingface.settings(config), attn_implementation="sdpa"))
+
+
 def training() -> None:
     """Tokens/s of a step at dim 192, 4 layers, 6 heads, context 512, batch 16, beside transformers', and its share
     of the rate of a large matrix product."""
-    shape = {"vocab": 320, "context": 512, "dim": 192, "layers": 4, "heads": 6, "kv_heads": 6, "hidden": 512}
-    config, cpu = train.Config(**shape), torch.device("cpu")
+    config, cpu = train.Config(**SHAPE), torch.device("cpu")
     functions = {"ours": config, "ours in one pass": replace(config, micro=16)}
     if shutil.which("c++") or shutil.which("g++"):
         functions["ours compiled"] = replace(config, compile=True)
     functions = {name: step_of(settings, cpu, 16)[0] for name, settings in functions.items()}
     try:
-        complete_torchvision()
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        theirs = LlamaForCausalLM(LlamaConfig(**huggingface.settings(config), attn_implementation="sdpa"))
+        theirs = transformers_llama(config)
         optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         x = torch.randint(0, 320, (16, 512))
 
@@ -460,36 +468,35 @@ def generation() -> None:
     beside transformers' `generate` without; and what weights, keys and values, read once a token, leave room for."""
     drawn = [JPEG().encode(draw(i)) for i in range(100)]
     tokenizer, cpu = learn_pairs(JPEG(), drawn, 320), torch.device("cpu")
-    shape = {"vocab": 320, "context": 512, "dim": 192, "layers": 4, "heads": 6, "kv_heads": 6, "hidden": 512}
-    config = train.Config(**shape, positions=tokenizer.grammar.sizes)
+    config = train.Config(**SHAPE, positions=tokenizer.grammar.sizes)
     model, seeds, bandwidth = train.build_model(config, cpu).eval(), itertools.count(), memory_bandwidth()
     model.init_weights()
-    for batch, rounds in ((64, 5), (1, 15)):
-        drawing, start = sample.Sampling(length=257), [np.array([tokenizer.start])] * batch
-        tokens = {"ours": []}
+    weights, drawing, lengths = sum(weight.numel() for weight in model.parameters()), sample.Sampling(length=257), []
 
-        def ours(batch=batch, drawing=drawing, start=start, tokens=tokens) -> None:
-            rows = sample.generate(model, tokenizer, start, [(next(seeds), i) for i in range(batch)], drawing)
-            tokens["ours"].append(sum(map(len, rows)) - batch)
+    def ours(batch: int) -> None:
+        start, number = [np.array([tokenizer.start])] * batch, next(seeds)
+        rows = sample.generate(model, tokenizer, start, [(number, i) for i in range(batch)], drawing)
+        lengths.append(sum(map(len, rows)) / batch - 1)
 
-        functions = {"ours": ours}
-        try:
-            complete_torchvision()
-            from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    functions = {"ours": ours}
+    try:
+        llama = transformers_llama(config).eval()
+        how = {"do_sample": True, "top_k": 0, "max_new_tokens": 256, "min_new_tokens": 256, "pad_token_id": 0}
 
-            theirs = LlamaForCausalLM(LlamaConfig(**huggingface.settings(config), attn_implementation="sdpa")).eval()
-            drawn_by = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=256, min_new_tokens=256, pad_token_id=0)
+        def theirs(batch: int) -> None:
             first = torch.zeros(batch, 1, dtype=torch.long)
-            functions["transformers"] = lambda theirs=theirs, first=first, how=drawn_by: theirs.generate(
-                first, attention_mask=torch.ones_like(first), generation_config=how
-            )
-        except ImportError:
-            pass
-        seconds = interleaved(functions, rounds)
-        counts = {"ours": statistics.median(tokens["ours"]), "transformers": 256 * batch}
-        speeds = {name: counts[name] / value for name, value in seconds.items()}
-        numbers = sum(weight.numel() for weight in model.parameters()) + 2 * 4 * 192 * batch * 128
-        speeds["at the memory's speed"] = batch * bandwidth / (4 * numbers)
+            llama.generate(first, attention_mask=torch.ones_like(first), **how)
+
+        functions["transformers"] = theirs
+    except ImportError:
+        pass
+    for batch, rounds in ((64, 5), (1, 15)):
+        lengths.clear()
+        seconds = interleaved({name: partial(function, batch) for name, function in functions.items()}, rounds)
+        counts = {"ours": statistics.median(lengths), "transformers": 256}
+        speeds = {name: batch * counts[name] / value for name, value in seconds.items()}
+        cached = 2 * config.layers * config.dim * batch * 128  # keys and values, of half a file on average
+        speeds["at the memory's speed"] = batch * bandwidth / (4 * (weights + cached))
         ratio = speeds["ours"] / speeds["transformers"] if "transformers" in speeds else None
         reached = round(speeds["ours"] / speeds["at the memory's speed"], 3)
         emit(f"sampling, {batch} files at once", speeds, "tokens/s", ratio, reached=reached)
