@@ -144,7 +144,7 @@ def test_a_prompt_that_begins_no_valid_file_is_refused_with_its_place():
 def test_free_sampling_draws_what_no_file_has():
     tokens = tokens_of(CODECS[2])
     files = samples(tokens, 20, 50, free=True)
-    assert all(len(row) == 50 or row[-1] == tokens.end for row in files)
+    assert all(len(row) == 50 or row[-1] == tokens.end for row in files) and max(map(len, files)) == 50
     assert all(tokens.codec.check(tokens.decode(row)) for row in files)
 
 
