@@ -13,6 +13,7 @@ The same command continues an interrupted run, on any number of processes that d
 import argparse
 import hashlib
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -371,6 +372,7 @@ def loop(run: Run, stop: Stop, saver: Saver) -> None:
     if run.step and run.due and not any("val_bits_per_byte" in record for record in run.log.records[-1:]):
         report(run)  # a kill came between the checkpoint and this
     meter, stopping = Meter(run, config.batch * config.context), False
+    unchecked = deque()  # norms that a GPU may still be computing while the next step is on its way to it
     while run.step < config.steps and not stopping:
         for group in (group for each in optimizers for group in each.param_groups):
             group["lr"] = group["scale"] * learning_rate(run.step, config)
@@ -378,17 +380,18 @@ def loop(run: Run, stop: Stop, saver: Saver) -> None:
         loss = backward(model, run.train, starts[numbers[rank() :: world()]], micro, config, run.device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if not torch.isfinite(norm):
-            found = f"{norm.item()}, the loss {loss.item()} at step {run.step}, rows {numbers.tolist()}"
-            raise UserError(f"the gradient is {found}: lower --lr or look at them")
+        unchecked.append((run.step, numbers, loss, norm))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         run.step += 1
-        stopping = stop.agreed(run.device)
+        stopping = stop.agreed()
         saving = stopping or run.due or run.step % (config.save_every or config.every) == 0
+        logging = saving or run.step % config.log_every == 0
+        while len(unchecked) > (not logging):
+            refuse_divergence(*unchecked.popleft())
         saver.look()
-        meter.count(run, loss, norm, run.step % config.log_every == 0 or saving)
+        meter.count(run, loss, norm, logging)
         if saving:
             saver.save(model, optimizers, run.step, config, run.tokenizer)
         if run.due:
@@ -402,6 +405,13 @@ def loop(run: Run, stop: Stop, saver: Saver) -> None:
         run.say(
             f"{config.out}: checkpoint, log.jsonl, loss.png and grids; `python sample.py {config.out}` writes files"
         )
+
+
+def refuse_divergence(step: int, rows: np.ndarray, loss: Tensor, norm: Tensor) -> None:
+    """Nothing of such a step has been written yet.  Errors: UserError."""
+    if not torch.isfinite(norm):
+        found = f"{norm.item()}, the loss {loss.item()} at step {step}, rows {rows.tolist()}"
+        raise UserError(f"the gradient is {found}: lower --lr or look at them")
 
 
 def build_model(config: Config, device: torch.device) -> Llama:

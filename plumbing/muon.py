@@ -1,5 +1,6 @@
 """Muon, an optimizer of matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -9,20 +10,33 @@ from torch.distributed.tensor import DTensor
 from model import sharded_as
 
 
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of a matrix U S V^T: its directions, all of the same size.
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """About U V^T of each matrix U S V^T (N, rows, columns): its directions, all of the same size.
 
     Newton and Schulz's iteration with Jordan's coefficients, which bring every singular value to between 0.7 and 1.2.
     In float32 on a CPU, for few of them are fast in bf16.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     wide = wide.to(torch.bfloat16 if wide.is_cuda else torch.float32)
-    wide = wide / (wide.norm() + 1e-7)
+    wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return (wide if matrix.shape[0] <= matrix.shape[1] else wide.T).to(matrix.dtype)
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return (wide if matrices.shape[-2] <= matrices.shape[-1] else wide.mT).to(matrices.dtype)
+
+
+def own(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(weight: Tensor, rows: Tensor) -> Tensor:
+    """A matrix of which every process has the rows that it has of the weight."""
+    if own(weight) is weight or own(weight).shape == weight.shape:
+        return rows
+    size = {"shape": weight.shape, "stride": weight.stride()}
+    return DTensor.from_local(rows, weight.device_mesh, weight.placements, run_check=False, **size).full_tensor()
 
 
 class Muon(torch.optim.Optimizer):
@@ -38,15 +52,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            alike = defaultdict(list)  # matrices of one shape take one product
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                memory, share = self.state[weight], group["momentum"]
-                if not memory:
-                    memory["momentum"] = torch.zeros_like(weight)
-                memory["momentum"].lerp_(weight.grad, 1 - share)
-                ahead = weight.grad.lerp(memory["momentum"], share)  # Nesterov's
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                whole = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
-                change = sharded_as(weight, orthogonal(whole))
-                weight.add_(change, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)
+                if weight.grad is not None:
+                    alike[weight.shape].append(weight)
+            for shape, weights in alike.items():
+                self.change(weights, group, 0.2 * max(shape) ** 0.5)
+
+    def change(self, weights: list[Tensor], group: dict, scale: float) -> None:
+        """Take the step of some weights of the same shape."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        momenta, grads, values = (
+            [own(tensor) for tensor in tensors]
+            for tensors in ([self.state[weight]["momentum"] for weight in weights], [w.grad for w in weights], weights)
+        )
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+        changes = orthogonal(torch.stack([whole(*pair) for pair in zip(weights, ahead, strict=True)]))
+        torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
+        parts = [own(sharded_as(*pair)) for pair in zip(weights, changes, strict=True)]
+        torch._foreach_add_(values, parts, alpha=-group["lr"] * scale)

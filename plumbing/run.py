@@ -30,8 +30,6 @@ from plumbing.command import UserError, differences
 from plumbing.files import read_json, write_json, write_whole
 
 if TYPE_CHECKING:  # data.prepare takes the lock too, and its workers have no memory to spare for torch
-    import torch
-
     from model import ModelConfig
 try:
     import fcntl
@@ -106,13 +104,13 @@ class Stop:
             signal.raise_signal(number)
         self.asked = min(self.asked, time.monotonic())
 
-    def agreed(self, device: "torch.device") -> bool:
-        """Whether any process was asked: all get the same answer, at the same step."""
+    def agreed(self) -> bool:
+        """Whether any process was asked: all get the same answer, at the same step, and no GPU waits for it."""
         import torch
 
         from plumbing.processes import add_up
 
-        return bool(add_up(torch.tensor(float(self.asked < math.inf), device=device)))
+        return bool(add_up(torch.tensor(float(self.asked < math.inf))))
 
 
 # --- which run it is ------------------------------------------------------------------------------------------------

@@ -157,9 +157,9 @@ def test_nothing_needs_what_windows_does_not_have(tmp_path):
         from plumbing.run import Log, Stop, claim, line_of
         folder, cpu = Path(sys.argv[1]), torch.device("cpu")
         with claim(folder, wait=True), Stop() as stop:
-            assert not stop.agreed(cpu)
+            assert not stop.agreed()
             signal.raise_signal(signal.SIGTERM)
-            assert stop.agreed(cpu)
+            assert stop.agreed()
             Log(folder, 0).write({"step": 1, "memory_gb": memory(cpu)})
             print(line_of(Log(folder, 1).records[0]))
     """
