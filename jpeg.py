@@ -472,7 +472,7 @@ class Decoded(Memory):
         for number in range(spelled.shape[1]):
             byte = spelled[:, number]
             reads = legal & (byte >= 0)
-            if number and not reads.any():
+            if number and isinstance(reads, np.ndarray) and not reads.any():  # a GPU would have to wait for the answer
                 break
             self.read_byte(place, values, byte, reads)
             if number + 1 < spelled.shape[1]:

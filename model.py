@@ -64,23 +64,31 @@ class Cache:
 
     def __init__(self, config: ModelConfig, batch: int, length: int):
         self.most, self.length = length, 0
+        self.place = slice(0, 0)
         self.keys = self.values = torch.empty(config.layers, batch, config.kv_heads, 0, config.dim // config.heads)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, K, T, E) to a layer's keys and values, and give all that it has."""
-        end = self.length + k.shape[2]
-        if end > self.keys.shape[3]:
-            self.keys, self.values = (self.larger(*pair, end) for pair in ((self.keys, k), (self.values, v)))
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def begin(self, count: int) -> slice | Tensor:
+        """Where so many more tokens will stand."""
+        assert self.length == 0 or count == 1, "a cache that holds tokens takes one more at a time"
+        self.place = slice(self.length, self.length + count)
+        self.length += count
+        return self.place
 
-    def larger(self, old: Tensor, new: Tensor, end: int) -> Tensor:
-        """A copy with room for more, in the precision and on the device of what is new."""
-        room = min(self.most, max(2 * old.shape[3], -(-end // 128) * 128))
-        copy = new.new_empty((len(old), *new.shape[:2], room, new.shape[3]))
-        copy[:, :, :, : self.length] = old[:, :, :, : self.length]
-        return copy
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add (B, K, T, E) to a layer's keys and values, and give all that it has, and what hides some of them."""
+        self.grow(k, v, self.length)
+        self.keys[layer, :, :, self.place] = k
+        self.values[layer, :, :, self.place] = v
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length], None
+
+    def grow(self, k: Tensor, v: Tensor, end: int) -> None:
+        """Have room up to `end`, in the precision and on the device of what is new."""
+        if end > (had := self.keys.shape[3]):
+            room = min(self.most, max(2 * had, -(-end // 128) * 128))
+            for name, new in (("keys", k), ("values", v)):
+                copy = new.new_zeros((len(self.keys), *new.shape[:2], room, new.shape[3]))
+                copy[:, :, :, :had] = getattr(self, name)
+                setattr(self, name, copy)
 
     def keep(self, rows: Tensor) -> None:
         """Let go of all sequences but some."""
@@ -107,11 +115,10 @@ class Attention(nn.Module):
         )
         q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, E)
-        causal = q.shape[2] > 1
+        causal, mask = q.shape[2] > 1, None
         if cache is not None:
-            assert cache.length == 0 or not causal, "a cache that holds tokens takes one more at a time"
-            k, v = cache.append(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.grouped)
+            k, v, mask = cache.append(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -172,19 +179,18 @@ class Llama(nn.Module):
         Syntax positions are what a reader of the file knows before the next token, say which coefficient is being
         read; a plain Llama takes no notice of them.
         """
-        start, config = cache.length if cache is not None else 0, self.config
-        end = start + tokens.shape[1]
+        config, count = self.config, tokens.shape[1]
+        place = cache.begin(count) if cache is not None else slice(count)
+        end = cache.length if cache is not None else count
         assert end <= config.context, f"{end} tokens, but the model's context is {config.context}"
         x = self.embed_tokens(tokens)
         for embed in self.embed_positions:
             rows = positions + first_rows(config.positions, tokens.device)
             x = x + embed(rows.flatten(0, 1)).view(x.shape)
         angles = rotary_table(config.context, config.dim // config.heads, config.rope_theta, x.dtype, x.device)
-        table = angles[:, start:end]
+        table = angles[:, place]
         for block in self.layers:
             x = block(x, table, cache)
-        if cache is not None:
-            cache.length = end
         return self.lm_head(self.norm(x))
 
     @torch.no_grad()

@@ -37,6 +37,7 @@ from plumbing.command import Flags, UserError, differences, run
 from plumbing.draw import save_grid
 from plumbing.files import digest, read_json, write_json, write_whole
 from plumbing.processes import ANY_LENGTH, at_once, best_device, precision
+from plumbing.replay import STRIDE, Replay, Window, can_record
 
 # --- drawing tokens -------------------------------------------------------------------------------------------------
 
@@ -128,8 +129,8 @@ def draw(
     states: object,
     logits: Tensor,
     forced: Tensor,
-    at: int,
-    room: int,
+    at: int | Tensor,
+    room: int | Tensor,
     dice: Dice,
     sampling: Sampling,
     due: Due,
@@ -146,10 +147,11 @@ def draw(
     def rooms(tokens: Tensor) -> Tensor:
         """What is given need not take the shortest way to the end."""
         given = (forced >= 0) | sampling.free
-        given[[row for row in spelling if due.after(row, tokens[row])]] = True
+        if spelling:  # an index of no rows would still be brought to a GPU
+            given[[row for row in spelling if due.after(row, tokens[row])]] = True
         return torch.where(given, FAR - 1, room)
 
-    tokens = choose(logits.masked_fill(banned, -math.inf), dice.first[:, at], sampling)
+    tokens = choose(logits.masked_fill(banned, -math.inf), dice.first[:, at].flatten(), sampling)
     tokens = torch.where(forced >= 0, forced, tokens)
     states, refused = grammar.accept(states, tokens, rooms(tokens))
     tries = 0
@@ -220,29 +222,43 @@ def generate(
     written, dice, grammar = written.to(device), Dice(seeds, length, device), grammar_on(device, tokenizer)
     cache, left = Cache(model.config, len(prompts), length), Due(tokenizer, prompts, due)
     rows = torch.arange(len(prompts), device=device)  # that are still drawn
-    ended = torch.zeros_like(rows, dtype=torch.bool)
     states = grammar.begin(len(prompts))
     syntax = [grammar.positions(states)]
     for at in range(1, given):
         states, _ = grammar.accept(states, written[:, at], FAR - 1)
         syntax.append(grammar.positions(states))
-    logits = model(written[:, :given], torch.stack(syntax, 1), cache)[:, -1]
-    for at in range(given, length):
+    if given > 1:
+        model(written[:, : given - 1], torch.stack(syntax[:-1], 1), cache)
+
+    def step(tokens: Tensor, ended: Tensor, states: object, at: int | Tensor) -> tuple[Tensor, Tensor, object, object]:
+        """Take the last token of each file in, and draw the one that stands at `at`."""
+        logits = model(tokens[:, None], grammar.positions(states)[:, None], cache)[:, -1]
         known = written[rows, at]
         forced = torch.where(known >= 0, known, torch.where(ended, tokenizer.end, -1))
         tokens, states = draw(grammar, states, logits, forced, at, length - 1 - at, dice, sampling, left)
         written[rows, at] = tokens
-        ended |= tokens == tokenizer.end
+        return tokens, ended | (tokens == tokenizer.end), states, at + 1
+
+    carry = written[:, given - 1], torch.zeros_like(rows, dtype=torch.bool), states, given
+    replay = None
+    for at in range(given, length):
+        if not replay and can_record(model, grammar) and not any(left.left):
+            cache, replay, carry = Window(cache, device), Replay(step), (*carry[:3], torch.full_like(rows[:1], at))
+        if replay and at > cache.length:
+            cache.length = min(length, at - at % -STRIDE)
+            replay.forget()
+        carry = (replay or step)(*carry)
         if at % 16 == 0:  # asking every step would make a GPU wait
+            tokens, ended, states, _ = carry
             if all_done(ended):
                 break
             if len(going := torch.nonzero(~ended)[:, 0]) < (1 - WORTH) * len(rows):
                 going = going if len(going) else rows[:1] * 0  # one at least, for others may wait for this process
-                rows, ended, tokens, states = rows[going], ended[going], tokens[going], grammar.keep(states, going)
+                rows, carry = rows[going], (tokens[going], ended[going], grammar.keep(states, going), carry[3])
                 for each in (cache, dice, left):
                     each.keep(going)
-        if at < length - 1:
-            logits = model(tokens[:, None], grammar.positions(states)[:, None], cache)[:, -1]
+                if replay:
+                    replay.forget()
     return [row[row >= 0] for row in written.cpu().numpy()]
 
 

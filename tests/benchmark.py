@@ -194,7 +194,8 @@ class RandomTokens:
 def step_of(config: train.Config, device: torch.device, rows: int) -> tuple[Callable[[], None], nn.Module]:
     """A whole step of training on some rows, as train.loop takes it, and the model."""
     model = train.build_model(config, device)
-    model.init_weights()
+    for weight in model.parameters():  # on the device, for a billion numbers take one core ten seconds
+        nn.init.normal_(weight, std=0.02) if weight.dim() > 1 else nn.init.ones_(weight)
     optimizers, stream = train.build_optimizers(model, config), RandomTokens()
 
     def step() -> None:
@@ -310,19 +311,24 @@ ATTENTION = ("flash", "fmha", "attention", "cudnn")
 
 
 def scale() -> None:
-    """On a GPU: tokens/s, share of the peak, memory beside --plan, and where the time goes, of base, 1b and 7b."""
+    """On a GPU: tokens/s, share of the peak, memory beside --plan, and where the time goes, of base, 1b and 7b (of
+    half its blocks where all do not fit), as they are and with --compile."""
     if not torch.cuda.is_available():
         print("scale: there is no GPU here", file=sys.stderr)
         return
     device = processes.join()
     room = torch.cuda.get_device_properties(device).total_memory
-    for name in ("base", "1b", "7b"):
-        config = replace(train.CONFIGS[name], batch=train.CONFIGS[name].micro, syntax=False)
+    for name, compiled, passes in (("base", False, 4), ("base", True, 4), ("7b", True, 2), ("1b", True, 2)):
+        preset = train.CONFIGS[name]
+        config = replace(preset, batch=preset.micro * passes, syntax=False, compile=compiled)
+        if plan.memory_plan(config, 1)["in all"] > room:
+            config = replace(config, layers=config.layers // 2)
         planned = plan.memory_plan(config, 1)["in all"]
+        shape = {"layers": config.layers, "rows": config.batch, "micro": config.micro, "compile": config.compile}
         if planned > room:
             print(f"{name}: needs {planned / 1e9:.0f} GB of {room / 1e9:.0f}", file=sys.stderr)
             continue
-        emit(f"step of {name}", **at_scale(config, device), planned_gb=round(planned / 1e9, 1))
+        emit(f"step of {name}", **shape, **at_scale(config, device), planned_gb=round(planned / 1e9, 1))
         torch._dynamo.reset()
         gc.collect()  # FSDP's modules refer to each other
         torch.cuda.empty_cache()
@@ -330,36 +336,72 @@ def scale() -> None:
 
 
 def at_scale(config: train.Config, device: torch.device) -> dict[str, object]:
-    """What `scale` prints of one config: one pass a step, random tokens, plain Llama."""
-    step, model = step_of(config, device, config.batch)
-    torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+    """What `scale` prints of one config: random tokens, plain Llama."""
+    step, _ = step_of(config, device, config.batch)
+    torch.cuda.reset_peak_memory_stats()
 
     def timed() -> None:
         step()
-        torch.cuda.synchronize() if device.type == "cuda" else None
+        torch.cuda.synchronize()
 
-    seconds = interleaved({"step": timed}, rounds=5)["step"]
+    seconds = interleaved({"step": timed}, rounds=3)["step"]
     parameters, _ = plan.count(config)
     speed = config.batch * config.context / seconds
     full, peak = plan.flops_of(config, parameters), plan.peak_flops(device)
     causal = full - 6 * config.layers * config.dim * config.context
     shares = {"MFU": speed * full / peak, "MFU, causal": speed * causal / peak} if peak else {}
-    activity = torch.profiler.ProfilerActivity  # kernels alone, for an operator's time is that of its kernels again
-    with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         timed()
-    times = {"matrix products": 0.0, "attention": 0.0, "the rest": 0.0}
+    times, names = dict.fromkeys(["matrix products", "attention", "triton", "the rest"], 0.0), []
     for event in profile.key_averages():
-        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        if not (spent := event.self_device_time_total) or event.is_user_annotation:
+            continue
         name = event.key.lower()
-        kind = "matrix products" if any(part in name for part in MATRICES) else "the rest"
-        times["attention" if any(part in name for part in ATTENTION) else kind] += spent
+        kinds = {"triton": ("triton",), "attention": ATTENTION, "matrix products": MATRICES, "the rest": ("",)}
+        times[next(kind for kind, parts in kinds.items() if any(part in name for part in parts))] += spent
+        names.append((spent, event.count, event.key))
+    for spent, count, name in sorted(names, reverse=True)[:25]:
+        print(f"{spent / 1e3:10.2f} ms {count:6} times  {name[:110]}", file=sys.stderr)
     total = sum(times.values()) or 1.0  # a profiler without its rights sees no kernels
     return {
         "medians": {"tokens/s": speed, **shares},
         "unit": "tokens/s, share of the peak",
         "memory_gb": round(plan.memory(device), 1),
         "profile": {name: round(spent / total, 3) for name, spent in times.items()},
+        "kernels_of_step": round(total / 1e6 / seconds, 3),  # of its time; the rest waits for Python
     }
+
+
+def writing() -> None:
+    """On a GPU: tokens/s of sampling with the base preset, grammar and syntax positions included, by 1 file at once, 64
+    and 400, beside the same steps without a recording."""
+    if not torch.cuda.is_available():
+        print("writing: there is no GPU here", file=sys.stderr)
+        return
+    device, pictures = torch.device("cuda"), [draw(i) for i in range(100)]
+    codec = JPEG(restart=0)
+    tokenizer = learn_pairs(codec, [codec.encode(picture) for picture in pictures], 258)
+    config = replace(train.CONFIGS["base"], vocab=tokenizer.vocab, positions=tokenizer.grammar.sizes)
+    model = train.build_model(config, torch.device("cpu")).eval()
+    model.init_weights()
+    model.to(device, torch.bfloat16)
+    lengths = []  # an untrained model goes on as long as it may
+
+    def write(batch: int) -> None:
+        start, seeds = [np.array([tokenizer.start])] * batch, [(0, i) for i in range(batch)]
+        rows = sample.generate(model, tokenizer, start, seeds, sample.Sampling(length=513))
+        lengths.append(statistics.mean(map(len, rows)) - 1)
+
+    def eagerly(batch: int) -> None:
+        can, sample.can_record = sample.can_record, lambda *_: False
+        write(batch)
+        sample.can_record = can
+
+    for batch in (1, 64, 400):
+        functions = {"ours": partial(write, batch), "without a recording": partial(eagerly, batch)}
+        seconds = interleaved(functions, 2)
+        speeds = {name: batch * statistics.median(lengths) / value for name, value in seconds.items()}
+        emit(f"sampling base, {batch} at once", speeds, "tokens/s", ms_a_step=round(1e3 * batch / speeds["ours"], 3))
 
 
 # --- preparation ------------------------------------------------------------------------------------------------------
@@ -594,10 +636,8 @@ def small() -> None:
     emit("small, largest process", {"memory": peak}, "GiB")
 
 
-BENCHMARKS = {
-    function.__name__: function
-    for function in [training, sharding, saving, scale, preparation, fid, sampling, generation, reading, videos, small]
-}
+TIMINGS = [training, sharding, saving, scale, preparation, fid, sampling, generation, writing, reading, videos, small]
+BENCHMARKS = {function.__name__: function for function in TIMINGS}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__.split("\n")[0])
