@@ -163,7 +163,7 @@ class JPEG(Codec):
 
     def check(self, symbols: np.ndarray) -> str | None:
         """Valid is what T.81 allows: every code is in the Huffman tables, no block has more than 64 coefficients, and
-        none of more bits than 8-bit pixels lead to, FF is stuffed (F.1.2.3), bytes are filled up with ones, restart
+        none and no DC that 8-bit pixels do not lead to, FF is stuffed (F.1.2.3), bytes are filled up with ones, restart
         markers count modulo 8 (E.1.4), no MCU is missing."""
         data, (before, after) = bytes(symbols), self.around
         if not data.startswith(before):
@@ -180,7 +180,7 @@ class JPEG(Codec):
     def read_mcus(self, data: bytes) -> Iterator[int]:
         """The offset behind each MCU of a sequence.  Errors: jpeg.Damage."""
         start, luma = len(self.around[0]), SCALE[self.subsampling] ** 2
-        return jpeg.read_scan(data, start, standard_codes(), self.largest, luma, self.mcus, self.restart)
+        return jpeg.read_scan(data, start, standard_codes(), self.bounds, luma, self.mcus, self.restart)
 
     def head(self, symbols: np.ndarray, keep: float) -> np.ndarray:
         """To the last byte that holds nothing of the rows below, with the restart marker if one is there."""
@@ -191,8 +191,8 @@ class JPEG(Codec):
         return symbols[: end + 2 * bool(self.restart and mcus % self.restart == 0)]
 
     def grammar(self) -> grammar.Table:
-        bits = jpeg.automaton(standard_codes(), self.largest, SCALE[self.subsampling] ** 2)
-        return jpeg.scan(bits, self.mcus, self.parts, self.restart, *self.around)
+        bits = jpeg.automaton(standard_codes(), self.bounds.sizes, SCALE[self.subsampling] ** 2)
+        return jpeg.scan(bits, self.bounds.dc, self.mcus, self.parts, self.restart, *self.around)
 
     @property
     def around(self) -> tuple[bytes, bytes]:
@@ -219,9 +219,8 @@ class JPEG(Codec):
         return self._write(np.zeros(self.shape, np.uint8), TABLES_ONLY)[len(SOI) : -len(EOI)]
 
     @cached_property
-    def largest(self) -> list[list[int]]:
-        """Bits of a coefficient at most, as `jpeg.largest_sizes` gives them."""
-        return jpeg.largest_sizes(self.tables)
+    def bounds(self) -> jpeg.Bounds:
+        return jpeg.bounds_of(self.tables)
 
     @cached_property
     def prefix(self) -> bytes:

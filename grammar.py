@@ -113,9 +113,14 @@ class Memory:
         nothing = local[:, None][:, :0]
         return State(local, local * 0, nothing, nothing)
 
-    def read(self, before: State, after: State, tokens: Array, legal: Array) -> State:
-        """`after` with what is remembered and told after some tokens; of those not legal, as before."""
-        return State(after.local, after.count, before.told, before.values)
+    def read(self, before: State, after: State, tokens: Array, legal: Array) -> tuple[State, Array]:
+        """`after` with what is remembered and told after some tokens, and which of the tokens (B,), legal but for that,
+        are legal; the others leave all as it was."""
+        return State(after.local, after.count, before.told, before.values), legal
+
+    def allowed(self, states: State, legal: Array) -> Array:
+        """Which of all tokens (B, vocab), legal but for what is remembered, are legal."""
+        return legal
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +131,9 @@ class Table:
     the token is legal, and how far the count goes on; rule 0 never is, rule 1 always.  Of the layers, at most one has a
     legal entry at any count.  The tokens that are left are `away[local]`, as if nothing were to follow the present
     unit, and those of the units to come, which `cost` adds, too many where a rule forbids.
+
+    The memory may forbid more.  To ask it about every token takes longer than to be refused now and then; on a GPU,
+    where every question would be waited for, the mask is `exact`.
     """
 
     layers: tuple[Array, ...]  # of (S, vocab) int32
@@ -137,6 +145,7 @@ class Table:
     sizes: tuple[int, ...]  # of those, and of what the memory tells
     first: int = 0  # local state after the start token
     memory: Memory = Memory()
+    exact: bool = False
 
     @cached_property
     def bits(self) -> int:
@@ -153,7 +162,7 @@ class Table:
         for name in ("local_syntax", "count_syntax"):
             moved[name] = moved[name].long()
         moved["layers"] = tuple(torch.from_numpy(layer).to(device) for layer in self.layers)
-        return replace(self, memory=self.memory.to(device), **moved)
+        return replace(self, memory=self.memory.to(device), exact=True, **moved)
 
     def begin(self, count: int) -> State:
         return self.memory.begin(self.away[:1].repeat(count) * 0 + self.first)  # on the device where the table lies
@@ -164,22 +173,27 @@ class Table:
             entry = layer[states.local]
             rule, after = entry >> self.bits, entry & (1 << self.bits) - 1
             legal = legal | (self.away[after] + self.cost[states.count[..., None], rule] <= room)
+        if self.exact:
+            legal = self.memory.allowed(states, legal)
+        elif len(rows := np.array(exact, int)):
+            legal[rows] = self.memory.allowed(self.keep(states, rows), legal[rows])
         return ~legal
 
-    def accept(self, states: State, tokens: Array, room: int | Array = FAR - 1) -> tuple[State, tuple]:
-        """The mask is exact, so of what it leaves open nothing is refused."""
-        return self.step(states, tokens, room)[0], ()
+    def accept(self, states: State, tokens: Array, room: int | Array = FAR - 1) -> tuple[State, Sequence[int]]:
+        states, legal, known = self.step(states, tokens, room)
+        return states, () if self.exact else np.flatnonzero(known & ~legal).tolist()
 
-    def step(self, states: State, tokens: Array, room: int | Array = FAR - 1) -> tuple[State, Array]:
-        """The states after tokens, and whether those were legal; an illegal token leaves the state as it is."""
+    def step(self, states: State, tokens: Array, room: int | Array = FAR - 1) -> tuple[State, Array, Array]:
+        """The states after tokens, whether those were legal, and but for what is remembered; an illegal token leaves
+        the state as it is."""
         local, count, legal = states.local, states.count, False
         for layer in self.layers:
             entry = layer[states.local, tokens]
             rule, after = entry >> self.bits, entry & (1 << self.bits) - 1
-            fits = self.away[after] + self.cost[states.count, rule] <= room
+            fits = (self.away[after] + self.cost[states.count, rule] <= room) & (tokens >= 0)
             local, count = local + (after - states.local) * fits, count + self.advance[rule] * fits
             legal = legal | fits
-        return self.memory.read(states, State(local, count, None), tokens, legal), legal
+        return *self.memory.read(states, State(local, count, None), tokens, legal), legal
 
     def keep(self, states: State, rows: Array) -> State:
         return replace(states[rows], values=states.values[rows])
@@ -205,7 +219,7 @@ class Table:
         told = np.zeros((*tokens.shape, len(self.memory.sizes)), np.int16)
         local[0], count[0], told[0] = states.local, states.count, states.told
         for at in range(1, len(tokens)):
-            states, legal = self.step(states, tokens[at])
+            states, legal, _ = self.step(states, tokens[at])
             local[at], count[at], told[at] = states.local, states.count, states.told
             if not legal.all():
                 illegal = np.where(~legal & (at < illegal), at, illegal)
@@ -255,9 +269,9 @@ class OnCPU:
         return self.table.begin(count)
 
     def mask(self, states: State, room: int, exact: Sequence[int] = ()) -> Array:
-        return self.tensor(self.table.mask(states, room))
+        return self.tensor(self.table.mask(states, room, exact))
 
-    def accept(self, states: State, tokens: Array, room: int | Array = FAR - 1) -> tuple[State, tuple]:
+    def accept(self, states: State, tokens: Array, room: int | Array = FAR - 1) -> tuple[State, Sequence[int]]:
         return self.table.accept(states, np.asarray(tokens), np.asarray(room))
 
     def keep(self, states: State, rows: Array) -> State:

@@ -57,21 +57,30 @@ def huffman_codes(tables: bytes) -> Codes:
     return found
 
 
-def largest_sizes(tables: bytes) -> list[list[int]]:
-    """How many bits a coefficient can have in a picture of 8 bits, (2, 64) of luma and chroma in zigzag order, by the
-    DQT segments (B.2.4.1, tables of bytes).
+@dataclass(frozen=True)
+class Bounds:
+    """What pictures of 8 bits lead to, of luma and of chroma."""
 
-    A transform of 8 bits gives no more than 10 and a sign, which the table's number divides, rounding (A.3.3 and
-    A.3.4); of DC it is the difference of two.
+    sizes: list[list[int]]  # (2, 64) bits of a coefficient at most, in zigzag order; of DC: of a difference
+    dc: list[tuple[int, int]]  # the least DC there is, and the largest
+
+
+def bounds_of(tables: bytes) -> Bounds:
+    """By the DQT segments (B.2.4.1, tables of bytes).
+
+    A transform of 8 bits gives no more than 10 and a sign, and for DC -1024 to 1016, eight times the mean of samples
+    from -128 to 127, which the table's number divides, rounding (A.3.1, A.3.3 and A.3.4).
     """
     found = {}
     for segment in segments(tables, DQT):
         while segment:
             found[segment[0] & 15], segment = segment[1:65], segment[65:]
-    return [
+    sizes = [
         [((2047 - 1024 * (k > 0) + step // 2) // step).bit_length() for k, step in enumerate(found[which])]
         for which in (0, 1)
     ]
+    steps = [found[which][0] for which in (0, 1)]
+    return Bounds(sizes, [(-((1024 + step // 2) // step), (1016 + step // 2) // step) for step in steps])
 
 
 class Damage(Exception):
@@ -121,20 +130,22 @@ class Bits:
         self.at = len(self.bits)
 
 
-def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int], largest: list[int]) -> None:
-    """One block of 64 coefficients (F.2.2): DC, then those of AC that are not zero; none larger than can be."""
+def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int], largest: list[int]) -> int:
+    """One block of 64 coefficients (F.2.2): DC, by its difference from the one before, which is given back, then those
+    of AC that are not zero; none has more bits than it can."""
 
-    def value(index: int, size: int) -> None:
+    def value(index: int, size: int) -> int:
         if size > largest[index]:
             raise Damage(f"byte {bits.offset}: coefficient {index} has {size} bits in {bits.place}, more than it can")
-        bits.take(size)
+        taken = bits.take(size)
+        return int(taken or "0", 2) - (taken.startswith("0") and (1 << size) - 1)  # F.2.2.1, EXTEND
 
-    value(0, bits.code(dc))  # a code says how many bits the difference from the DC before has; here they are
+    difference = value(0, bits.code(dc))
     last = 0  # index of the last coefficient that is known, in zigzag order
     while last < 63:
         zeros, size = divmod(bits.code(ac), 16)
         if (zeros, size) == (0, 0):  # end of block: the rest is zero
-            return
+            return difference
         if (zeros, size) == (15, 0):  # sixteen zeros, before more
             last += 16
         else:
@@ -142,19 +153,26 @@ def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int], largest: list
         if last > (62 if size == 0 else 63):
             raise Damage(f"byte {bits.offset}: more than 64 coefficients in {bits.place}")
         value(last, size)
+    return difference
 
 
 def read_scan(
-    data: bytes, start: int, codes: Codes, largest: list[list[int]], luma: int, mcus: int, restart: int
+    data: bytes, start: int, codes: Codes, bounds: Bounds, luma: int, mcus: int, restart: int
 ) -> Iterator[int]:
     """Parse the entropy-coded data of so many MCUs of `luma` blocks of Y, a marker after every `restart` of them (0:
     never), and give after each the offset behind its last whole byte.  Errors: Damage."""
     interval, bits = restart or mcus, Bits(data, start)
     for mcu in range(mcus):
+        if mcu % interval == 0:
+            before = [0, 0, 0]  # DC of each component (F.2.1.3.1)
         for block in range(luma + 2):
             bits.place = f"MCU {mcu}, block {block}"
-            chroma = int(block >= luma)
-            read_block(bits, codes[0, chroma], codes[1, chroma], largest[chroma])
+            chroma, component = int(block >= luma), max(0, block - luma + 1)
+            before[component] += read_block(bits, codes[0, chroma], codes[1, chroma], bounds.sizes[chroma])
+            least, most = bounds.dc[chroma]
+            if not least <= before[component] <= most:
+                found = f"DC is {before[component]} in {bits.place}, not {least} to {most}"
+                raise Damage(f"byte {bits.offset}: {found}")
         if (mcu + 1) % interval and mcu + 1 < mcus:
             yield bits.offset
             continue
@@ -272,22 +290,52 @@ def into_the_next(bits: Automaton) -> np.ndarray:
     return np.concatenate([inside, [[-1, bits.end]], beyond, [[-1, -1]]])
 
 
-def bytes_to_end(bits: Automaton, after_ff: np.ndarray) -> np.ndarray:
+def parts_of(bits: Automaton) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each state, whether it stands in the Huffman code of a DC difference, before a value's sign, behind that."""
+    states = np.arange(bits.end)
+    coefficient, place = states // bits.width % 65, states % bits.width - bits.nodes
+    code, value = (coefficient == 0) & (place < 0), (coefficient == 1) & (place >= 0)
+    return code, value & (place >= LONGEST_VALUE), value & (place < LONGEST_VALUE)
+
+
+def least_differences(bits: Automaton) -> np.ndarray:
+    """(end + 1,) the least number other than negative that a DC difference can still be, before its sign; the last is
+    that of -1."""
+    code, sign, _ = parts_of(bits)
+    least = np.zeros(bits.end + 1, np.int64)
+    least[:-1][sign] = 1 << (np.flatnonzero(sign) % bits.width - bits.nodes - LONGEST_VALUE)
+    least[-1] = FAR
+    for _ in range(16):
+        least[:-1][code] = least[bits.steps[code]].min(1)
+    return least
+
+
+def bytes_to_end(bits: Automaton) -> np.ndarray:
     """(end + 1,) the fewest bytes from each state to the end of the MCU, the bits filled up and an FF stuffed: a fixed
-    point, reached in a few rounds.  `after_ff`: (end,) the state after FF."""
-    end = bits.end
+    point, reached in a few rounds.
+
+    Whether a DC can stay within its bounds is not known here, so of DC differences the least are read, of which one can
+    always follow, and their bits as if they were to fill an FF.
+    """
+    end, (code, sign, rest) = bits.end, parts_of(bits)
     steps = np.concatenate([bits.steps, [[-1, end], [-1, -1]]])
+    forced = np.concatenate([sign | rest, [False, False]])
+    least, chosen = least_differences(bits), np.full((end + 2, 2), True)
+    chosen[:end][code] = least[bits.steps[code]] == least[bits.steps[code]].min(1, keepdims=True)
     away = np.full(end + 2, FAR, np.int32)  # the last is that of -1
     away[end] = 0
+
+    def best(zero: np.ndarray, one: np.ndarray) -> np.ndarray:
+        zero, one = (np.where(chosen[:, bit], each[steps[:, bit]], FAR) for bit, each in enumerate((zero, one)))
+        return np.where(forced, np.maximum(zero, one), np.minimum(zero, one))
+
     while True:
-        other, any_byte = np.full(end + 2, FAR), away  # the best byte but FF, and the best one, bit by bit
+        ones, other = 2 + away, 1 + away  # after a byte, by whether it is FF
         for _ in range(8):
-            other = np.minimum(any_byte[steps[:, 0]], other[steps[:, 1]])
-            any_byte = any_byte[steps].min(1)
-        nearer = np.minimum(1 + other[:end], 2 + away[after_ff])
-        if (nearer >= away[:end]).all():
+            ones, other = best(other, ones), best(other, other)
+        if (ones[:end] >= away[:end]).all():
             return away[: end + 1]
-        away[:end] = np.minimum(away[:end], nearer)
+        away[:end] = np.minimum(away[:end], ones[:end])
 
 
 @dataclass(frozen=True)
@@ -313,7 +361,15 @@ class Layout:
     unit = property(lambda self: 1 << bits_of(self.size))  # of rules in an entry of the table
 
 
-def scan(bits: Automaton, mcus: int, columns: int, restart: int, prefix: bytes = b"", suffix: bytes = b"") -> Table:
+def scan(
+    bits: Automaton,
+    dc: list[tuple[int, int]],
+    mcus: int,
+    columns: int,
+    restart: int,
+    prefix: bytes = b"",
+    suffix: bytes = b"",
+) -> Table:
     """The grammar of bytes: `prefix`, the entropy-coded data of so many MCUs with a marker after every `restart` of
     them (0: never), `suffix` (EOI).  Local states are those of `Layout`, the count is the number of the MCU."""
     number, interval, rules = np.arange(mcus + 1), restart or mcus, rules_of(mcus + 1)
@@ -339,8 +395,8 @@ def scan(bits: Automaton, mcus: int, columns: int, restart: int, prefix: bytes =
     layer[at.closed if suffix else at.over, 257] = (ALWAYS if suffix else whole) * at.unit + at.ended
     layer[at.ended, 257] = ALWAYS * at.unit + at.ended
 
-    away, tail = scan_rest(bytes_to_end(bits, all_ones[0]), at, mcus, interval, len(suffix))
-    memory = decoded(bits, at, (mcus // columns, columns), interval)
+    away, tail = scan_rest(bytes_to_end(bits), at, mcus, interval, len(suffix))
+    memory = decoded(bits, dc, at, (mcus // columns, columns), interval)
     local_syntax, sizes = scan_syntax(bits, at, (mcus // columns, columns))
     local_syntax = np.pad(local_syntax, [(0, 0), (0, len(memory.sizes))])
     count_syntax = np.zeros((mcus + 1, local_syntax.shape[1]), np.int16)
@@ -432,11 +488,17 @@ class Decoded(Memory):
 
     Bytes are read four bits at a time, by states of `nibbles` with the next MCU behind each.  No four bits hold the
     ends of two differences, between which AC takes two or more.
+
+    A token after which some DC cannot stay within its bounds is not legal.
     """
 
+    end: int  # the first of the states of the next MCU
+    closes: Array  # (counts,) whether nothing but ones to the end of a byte follow this MCU
     after: Array  # (states * 16,) the state after four bits
     gain: Array  # (2, states * 16) what they add to the DC of the block before them, and to that of the next
     block: Array  # (states,) whose DC is due, of the MCU or beyond it
+    bounds: Array  # (2, states) the least and the largest DC of that block
+    open: Array  # (2, 2, states) from where to where it may stand meanwhile; if it is yet to be negative, and if not
     inside: Array  # (S,) the state at each local one of the table; the last, which leads nowhere, outside of MCUs
     place: Array  # (S,) twice the block that is read at each local state, and one if it is its AC; far outside of MCUs
     blocks: int  # of an MCU
@@ -447,15 +509,18 @@ class Decoded(Memory):
     level: Array  # (8192,) what is told of a difference, which if negative counts from the end
     spelling: Array  # (vocab, longest) bytes of each token, -1 behind them
     plain: Table | None = None  # of bytes
+    exact: bool = False  # all tokens are legal, and none is refused
 
     sizes = property(lambda self: (int(self.level.max()) + 1,) * self.near[0].size)
 
     def to(self, device: object) -> "Decoded":
         import torch
 
-        arrays = ("after", "gain", "block", "inside", "place", "before", "near", "base", "first", "level", "spelling")
+        arrays = ("after", "gain", "block", "bounds", "open", "inside", "place", "before", "near", "base", "first")
+        arrays += ("level", "spelling")
         moved = {name: torch.from_numpy(getattr(self, name)).to(device).long() for name in arrays}
-        return replace(self, plain=self.plain.tensors(device), **moved)
+        closes = torch.from_numpy(self.closes).to(device)
+        return replace(self, plain=self.plain.tensors(device), exact=True, closes=closes, **moved)
 
     def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Decoded":
         spelled = expansions(merges)
@@ -467,29 +532,56 @@ class Decoded(Memory):
     def begin(self, local: Array) -> State:
         return self.look(State(local, local * 0, None, local[:, None] * 0 + self.first))
 
-    def read(self, before: State, after: State, tokens: Array, legal: Array) -> State:
-        place, values, spelled = before, before.values, self.spelling[tokens]
+    def allowed(self, states: State, legal: Array) -> Array:
+        rows, tokens = self.rows(states.local)[:, None], self.rows(self.spelling[:, 0])
+        rows, tokens = (rows + tokens * 0).reshape(-1), (rows * 0 + tokens).reshape(-1)
+        each = State(states.local[rows], states.count[rows], None, states.values[rows])
+        return self.take(each, tokens, legal.reshape(-1)).reshape(legal.shape)
+
+    def read(self, before: State, after: State, tokens: Array, legal: Array) -> tuple[State, Array]:
+        legal = self.take(before, tokens, legal)
+        local = before.local + (after.local - before.local) * legal
+        count = before.count + (after.count - before.count) * legal
+        return self.look(State(local, count, None, before.values)), legal
+
+    def take(self, place: State, tokens: Array, legal: Array) -> Array:
+        """Write down what some tokens are worth, if legal, and which are (B,)."""
+        values, spelled, changes, known = place.values, self.spelling[tokens], [], legal
+        row = self.rows(place.local)
         for number in range(spelled.shape[1]):
             byte = spelled[:, number]
             reads = legal & (byte >= 0)
-            if number and isinstance(reads, np.ndarray) and not reads.any():  # a GPU would have to wait for the answer
+            if number and not self.exact and not reads.any():  # a GPU would have to wait for the answer
                 break
-            self.read_byte(place, values, byte, reads)
+            legal = legal & self.read_byte(place, row, byte, reads, changes)
             if number + 1 < spelled.shape[1]:
-                place, _ = self.plain.step(place, byte)
-        return self.look(State(after.local, after.count, None, values))
+                place, *_ = self.plain.step(place, byte)
+        refused = known & ~legal
+        for slots, were in reversed(changes) if self.exact or refused.any() else ():
+            values[row, slots] += (were - values[row, slots]) * refused
+        return legal
 
-    def read_byte(self, place: State, values: Array, byte: Array, reads: Array) -> None:
-        """Add what the bits of a byte are worth to the values, where it `reads` any."""
-        nowhere = len(self.block) - 1
+    def read_byte(self, place: State, row: Array, byte: Array, reads: Array, changes: list) -> Array:
+        """Add what the bits of a byte are worth to the values, where it `reads` any, note what those were, and give
+        whether each DC can stay within its bounds."""
+        values, nowhere, legal = place.values, len(self.block) - 1, True
         state, first = nowhere + (self.inside[place.local] - nowhere) * reads, place.count * self.blocks
-        row = self.rows(place.local)
+        closes = self.closes[place.count]
         for half in (byte >> 4 & 15, byte & 15):
-            entry = state * 16 + half
+            entry, least, most = state * 16 + half, *self.bounds[:, state]
             here, state = first + self.block[state], self.after[entry]
             there = first + self.block[state]
-            values[row, here] += self.gain[0][entry]
-            values[row, there] += self.gain[1][entry] + (there > here) * values[row, self.before[there]]
+            moves = there > here
+            were = values[row, here]
+            values[row, here] = now = were + self.gain[0][entry]
+            changes.append((here, were))
+            were = values[row, there]
+            values[row, there] = due = were + self.gain[1][entry] + moves * values[row, self.before[there]]
+            changes.append((there, were))
+            from_, to = self.open[:, :, state]
+            legal = legal & (~moves | (least <= now) & (now <= most))
+            legal = legal & (((from_ <= due) & (due <= to)).any(0) | closes & (state > self.end))
+        return legal
 
     def look(self, state: State) -> State:
         """A state with what is told there."""
@@ -504,7 +596,7 @@ class Decoded(Memory):
         return (local * 0 + 1).cumsum(0) - 1
 
 
-def decoded(bits: Automaton, at: Layout, grid: tuple[int, int], interval: int) -> Decoded:
+def decoded(bits: Automaton, dc: list[tuple[int, int]], at: Layout, grid: tuple[int, int], interval: int) -> Decoded:
     """The memory of `scan`."""
     end, blocks = bits.end, bits.end // (65 * bits.width)
     block, coefficient, part = np.unravel_index(np.arange(end), (blocks, 65, bits.width))
@@ -530,7 +622,24 @@ def decoded(bits: Automaton, at: Layout, grid: tuple[int, int], interval: int) -
     after = np.where(after < 0, nowhere, after).reshape(-1).astype(np.int32)
     gain, beyond = gain.reshape(2, -1).astype(np.int16), beyond.astype(np.int32)
     spelling = np.append(np.arange(256), [-1, -1])[:, None].astype(np.int32)
-    return Decoded(after, gain, beyond, inside, place, blocks, before, near, base, first, level, spelling)
+    number = np.arange(grid[0] * grid[1] + 1) + 1
+    closes = (number % interval == 0) | (number >= grid[0] * grid[1])
+    bounds, open_ = kept_open(bits, dc, beyond % blocks)
+    arrays = after, gain, beyond, bounds, open_, inside, place, blocks, before, near, base, first, level, spelling
+    return Decoded(end, closes, *arrays)
+
+
+def kept_open(bits: Automaton, dc: list[tuple[int, int]], due: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`bounds` and `open` of Decoded, from the number of the block that is due at each state."""
+    far, (code, sign, rest) = 1 << 16, parts_of(bits)
+    value = np.minimum(least_differences(bits)[:-1], far)
+    most = np.where(code, far, np.where(sign, 2 * value - 1, 0))
+    left = np.where(rest, (2 << np.maximum(np.arange(bits.end) % bits.width - bits.nodes, 0) % LONGEST_VALUE) - 1, 0)
+    least, most = np.stack([value, np.where(rest, 0, -most)]), np.stack([most + left, np.where(rest, left, -value)])
+    least, most = (np.concatenate([each, [[0], [0]], each, [[0], [0]]], 1) for each in (least, most))
+    bounds = np.array(dc).T[:, (due >= due.max() - 1).astype(int)]
+    bounds[:, -1] = -far, far
+    return bounds, np.stack([bounds[0] - most, bounds[1] - least])
 
 
 def due_and_present(of: np.ndarray) -> np.ndarray:

@@ -174,8 +174,21 @@ def test_the_largest_coefficients_that_pictures_have_are_accepted(subsampling, q
         files.append(codec.encode((255 * shown[..., None] * colour).astype(np.uint8)))
     assert [*map(codec.check, files)] == [None] * len(files)
     assert accepted(plain_of(codec).grammar, [plain_of(codec).encode([file])[0] for file in files]).all()
-    codec.__dict__["largest"] = [[max(0, bits - 1) for bits in each] for each in codec.largest]
+    bounds = codec.bounds
+    fewer = [[max(0, bits - 1) for bits in each] for each in bounds.sizes]
+    codec.__dict__["bounds"] = replace(bounds, sizes=fewer)
     assert sum(codec.check(file) is not None for file in files) > 10
+    flat = [codec.encode(np.full((16, 16, 3), value, np.uint8)) for value in (0, 255)]
+    colours = [codec.encode(np.full((16, 16, 3), colour, np.uint8)) for colour in ((0, 0, 255), (255, 255, 0))]
+    for files, narrower in ((flat, (1, 0)), (colours, (0, 1))):  # a step less of Y, of colour
+        assert [*map(codec.check, files)] == [None] * 2 or "bits" in codec.check(files[0])
+        dc = [(least + less, most - less) for (least, most), less in zip(bounds.dc, narrower, strict=True)]
+        codec.__dict__["bounds"] = replace(bounds, dc=dc)
+        assert ["DC is" in (codec.check(file) or "") for file in files].count(True) >= 1 + (narrower[0])
+        encoded = [plain_of(codec).encode([file])[0] for file in files]
+        assert not accepted(codec.grammar(), encoded).all()
+        codec.__dict__["bounds"] = bounds
+        assert accepted(codec.grammar(), encoded).all()
 
 
 def test_mutants_are_judged_as_check_judges():
@@ -231,11 +244,15 @@ def test_the_mask_names_exactly_the_tokens_that_are_not_read(seed, number, data)
     grammar = tokens.grammar
     stream = tokens.encode([codec.encode(picture(seed, codec.size))])[0]
     at = data.draw(st.integers(0, len(stream) - 1))
-    state, every = states_of(grammar, stream)[at : at + 1], np.arange(tokens.vocab)
+    state, every = grammar.begin(1), np.arange(tokens.vocab)
+    for token in stream[1 : at + 1]:
+        state, *_ = grammar.step(state, np.array([token]))
     room = int(data.draw(st.sampled_from([FAR - 1, int(grammar.rest(state)[0]), int(grammar.rest(state)[0]) + 3])))
-    many = grammar.memory.begin(state.local.repeat(len(every)))
-    many.count = state.count.repeat(len(every))
-    assert np.array_equal(~grammar.mask(state, room)[0], grammar.step(many, every, room)[1])
+    many = grammar.keep(state, every * 0)
+    _, legal, known = grammar.step(many, every, room)
+    assert np.array_equal(~grammar.mask(state, room, exact=[0])[0], legal)
+    assert np.array_equal(~grammar.mask(state, room)[0], known)
+    assert np.array_equal(many.values[~legal], state.values.repeat((~legal).sum(), 0))  # as they were
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -334,7 +351,7 @@ def test_tensors_are_read_as_arrays_are(codec):
     here, there = arrays.begin(30), tensors.begin(30)
     for at in range(120):
         room = 10_000 if at < 60 else 400
-        mask = arrays.mask(here, room)
+        mask = arrays.mask(here, room, exact=range(len(here.local)))
         assert np.array_equal(mask, tensors.mask(there, room).numpy())
         drawn = np.array(
             [rng.choice(np.flatnonzero(~row)) if rng.random() < 0.9 and not row.all() else 7 for row in mask]
@@ -379,19 +396,15 @@ class Reader:
 
     def mask(self, states, room, exact=()):
         self.exact += len(exact)
-        mask = self.table.mask(states, room)
+        mask = self.table.mask(states, room, exact)
         mask[[row for row in range(len(mask)) if row not in exact]] = False
         return torch.from_numpy(mask)
 
     def accept(self, states, tokens, room):
-        before, values, tokens = states, states.values.copy(), tokens.numpy()
-        after, legal = self.table.step(states, tokens.clip(0), np.asarray(room))
-        legal &= tokens >= 0
-        refused = np.flatnonzero(~legal & (tokens >= 0)).tolist()
+        states, legal, _ = self.table.step(states, tokens.numpy(), np.asarray(room))
+        refused = np.flatnonzero(~legal & (tokens.numpy() >= 0)).tolist()
         self.refusals += len(refused)
-        keep = [np.where(legal, new, old) for new, old in ((after.local, before.local), (after.count, before.count))]
-        wide = [(after.told, before.told), (after.values, values)]
-        return State(*keep, *(np.where(legal[:, None], new, old) for new, old in wide)), refused
+        return states, refused
 
     def keep(self, states, rows):
         return self.table.keep(states, rows.numpy())
