@@ -494,11 +494,9 @@ class Decoded(Memory):
 
     end: int  # the first of the states of the next MCU
     closes: Array  # (counts,) whether nothing but ones to the end of a byte follow this MCU
-    after: Array  # (states * 16,) the state after four bits
-    gain: Array  # (2, states * 16) what they add to the DC of the block before them, and to that of the next
-    block: Array  # (states,) whose DC is due, of the MCU or beyond it
-    bounds: Array  # (2, states) the least and the largest DC of that block
-    open: Array  # (2, 2, states) from where to where it may stand meanwhile; if it is yet to be negative, and if not
+    after: Array  # (states * 16, 3) the state after four bits, and what they add to the DC due before them and then
+    due: Array  # (states, 7) the block whose DC is due, of the MCU or beyond it; the least and the largest that it can
+    # be, and from where to where it may stand meanwhile, if a difference is not to be negative, and if it is
     inside: Array  # (S,) the state at each local one of the table; the last, which leads nowhere, outside of MCUs
     place: Array  # (S,) twice the block that is read at each local state, and one if it is its AC; far outside of MCUs
     blocks: int  # of an MCU
@@ -516,8 +514,7 @@ class Decoded(Memory):
     def to(self, device: object) -> "Decoded":
         import torch
 
-        arrays = ("after", "gain", "block", "bounds", "open", "inside", "place", "before", "near", "base", "first")
-        arrays += ("level", "spelling")
+        arrays = ("after", "due", "inside", "place", "before", "near", "base", "first", "level", "spelling")
         moved = {name: torch.from_numpy(getattr(self, name)).to(device).long() for name in arrays}
         closes = torch.from_numpy(self.closes).to(device)
         return replace(self, plain=self.plain.tensors(device), exact=True, closes=closes, **moved)
@@ -536,51 +533,55 @@ class Decoded(Memory):
         rows, tokens = self.rows(states.local)[:, None], self.rows(self.spelling[:, 0])
         rows, tokens = (rows + tokens * 0).reshape(-1), (rows * 0 + tokens).reshape(-1)
         each = State(states.local[rows], states.count[rows], None, states.values[rows])
-        return self.take(each, tokens, legal.reshape(-1)).reshape(legal.shape)
+        return self.take(each, tokens, legal.reshape(-1), []).reshape(legal.shape)
 
     def read(self, before: State, after: State, tokens: Array, legal: Array) -> tuple[State, Array]:
-        legal = self.take(before, tokens, legal)
-        local = before.local + (after.local - before.local) * legal
-        count = before.count + (after.count - before.count) * legal
-        return self.look(State(local, count, None, before.values)), legal
+        if self.exact:  # of what the mask left, all is legal
+            self.take(before, tokens, legal, None)
+            return self.look(State(after.local, after.count, None, before.values)), legal
+        changes, row = [], self.rows(before.local)
+        kept = self.take(before, tokens, legal, changes)
+        if (refused := legal & ~kept).any():
+            for slots, were in reversed(changes):
+                before.values[row, slots] += (were - before.values[row, slots]) * refused
+        local = before.local + (after.local - before.local) * kept
+        count = before.count + (after.count - before.count) * kept
+        return self.look(State(local, count, None, before.values)), kept
 
-    def take(self, place: State, tokens: Array, legal: Array) -> Array:
-        """Write down what some tokens are worth, if legal, and which are (B,)."""
-        values, spelled, changes, known = place.values, self.spelling[tokens], [], legal
-        row = self.rows(place.local)
+    def take(self, place: State, tokens: Array, legal: Array, changes: list | None) -> Array:
+        """Write down what some tokens are worth, as far as they are legal, and give whether they are (B,): unless None,
+        `changes` holds what was there before, and bounds are asked."""
+        row, spelled = self.rows(place.local), self.spelling[tokens]
         for number in range(spelled.shape[1]):
             byte = spelled[:, number]
             reads = legal & (byte >= 0)
             if number and not self.exact and not reads.any():  # a GPU would have to wait for the answer
                 break
-            legal = legal & self.read_byte(place, row, byte, reads, changes)
+            legal = self.read_byte(place, row, byte, reads, changes) & legal
             if number + 1 < spelled.shape[1]:
                 place, *_ = self.plain.step(place, byte)
-        refused = known & ~legal
-        for slots, were in reversed(changes) if self.exact or refused.any() else ():
-            values[row, slots] += (were - values[row, slots]) * refused
         return legal
 
-    def read_byte(self, place: State, row: Array, byte: Array, reads: Array, changes: list) -> Array:
-        """Add what the bits of a byte are worth to the values, where it `reads` any, note what those were, and give
-        whether each DC can stay within its bounds."""
-        values, nowhere, legal = place.values, len(self.block) - 1, True
+    def read_byte(self, place: State, row: Array, byte: Array, reads: Array, changes: list | None) -> Array | bool:
+        """Add what the bits of a byte are worth to the values, where it `reads` any."""
+        values, nowhere, legal = place.values, len(self.due) - 1, True
         state, first = nowhere + (self.inside[place.local] - nowhere) * reads, place.count * self.blocks
-        closes = self.closes[place.count]
+        block, least, most, *_ = self.due[state].T
         for half in (byte >> 4 & 15, byte & 15):
-            entry, least, most = state * 16 + half, *self.bounds[:, state]
-            here, state = first + self.block[state], self.after[entry]
-            there = first + self.block[state]
+            state, gain, ahead = self.after[state * 16 + half].T
+            here, (block, *bounds) = first + block, self.due[state].T
+            there = first + block
             moves = there > here
             were = values[row, here]
-            values[row, here] = now = were + self.gain[0][entry]
-            changes.append((here, were))
-            were = values[row, there]
-            values[row, there] = due = were + self.gain[1][entry] + moves * values[row, self.before[there]]
-            changes.append((there, were))
-            from_, to = self.open[:, :, state]
-            legal = legal & (~moves | (least <= now) & (now <= most))
-            legal = legal & (((from_ <= due) & (due <= to)).any(0) | closes & (state > self.end))
+            values[row, here] = now = were + gain
+            meanwhile = values[row, there]
+            values[row, there] = then = meanwhile + ahead + moves * values[row, self.before[there]]
+            if changes is not None:
+                changes += [(here, were), (there, meanwhile)]
+                legal = ((least <= now) & (now <= most) | ~moves) & legal
+                least, most, *open_ = bounds
+                kept = [(low <= then) & (then <= high) for low, high in (open_[:2], open_[2:])]
+                legal = (kept[0] | kept[1] | self.closes[place.count] & (state > self.end)) & legal
         return legal
 
     def look(self, state: State) -> State:
@@ -619,18 +620,16 @@ def decoded(bits: Automaton, dc: list[tuple[int, int]], at: Layout, grid: tuple[
     place = np.full(at.size, len(near), np.int32)
     place[:end] = 2 * block + in_ac
     place[at.waiting] = place[np.where(at.after_ff > end, at.after_ff - end - 1, at.after_ff)]
-    after = np.where(after < 0, nowhere, after).reshape(-1).astype(np.int32)
-    gain, beyond = gain.reshape(2, -1).astype(np.int16), beyond.astype(np.int32)
+    after = np.stack([np.where(after < 0, nowhere, after), *gain], -1).reshape(-1, 3).astype(np.int32)
     spelling = np.append(np.arange(256), [-1, -1])[:, None].astype(np.int32)
     number = np.arange(grid[0] * grid[1] + 1) + 1
     closes = (number % interval == 0) | (number >= grid[0] * grid[1])
-    bounds, open_ = kept_open(bits, dc, beyond % blocks)
-    arrays = after, gain, beyond, bounds, open_, inside, place, blocks, before, near, base, first, level, spelling
-    return Decoded(end, closes, *arrays)
+    due = np.stack([beyond, *kept_open(bits, dc, beyond % blocks)], -1).astype(np.int32)
+    return Decoded(end, closes, after, due, inside, place, blocks, before, near, base, first, level, spelling)
 
 
-def kept_open(bits: Automaton, dc: list[tuple[int, int]], due: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`bounds` and `open` of Decoded, from the number of the block that is due at each state."""
+def kept_open(bits: Automaton, dc: list[tuple[int, int]], due: np.ndarray) -> Iterator[np.ndarray]:
+    """What Decoded.due says of bounds, from the number of the block that is due at each state."""
     far, (code, sign, rest) = 1 << 16, parts_of(bits)
     value = np.minimum(least_differences(bits)[:-1], far)
     most = np.where(code, far, np.where(sign, 2 * value - 1, 0))
@@ -639,7 +638,10 @@ def kept_open(bits: Automaton, dc: list[tuple[int, int]], due: np.ndarray) -> tu
     least, most = (np.concatenate([each, [[0], [0]], each, [[0], [0]]], 1) for each in (least, most))
     bounds = np.array(dc).T[:, (due >= due.max() - 1).astype(int)]
     bounds[:, -1] = -far, far
-    return bounds, np.stack([bounds[0] - most, bounds[1] - least])
+    yield from bounds
+    for low, high in zip(least, most, strict=True):
+        yield bounds[0] - high
+        yield bounds[1] - low
 
 
 def due_and_present(of: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from model import Llama, ModelConfig
 from plumbing.command import UserError
 from plumbing.replay import Replay
 from sample import Sampling, generate
-from tests.conftest import RUN, command
+from tests.conftest import ROOT, RUN, command
 from train import parse, train
 
 
@@ -72,6 +72,15 @@ def test_samples_are_counted_written_and_continued(finished, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "s").glob("*.jpg")} == first
     result = command("sample.py", finished, "--count", 5, "--to", tmp_path / "s", "--seed", 1)
     assert result.returncode == 2 and "seed: 0, now 1" in result.stderr
+
+
+def test_the_model_that_comes_with_the_project_writes_pictures(tmp_path):
+    """No noise and no plain colour: neighbouring pixels are alike, and pictures are not."""
+    result = command("sample.py", ROOT / "assets" / "eurosat", "--count", 6, "--to", tmp_path / "s")
+    assert result.returncode == 0 and "6 of 6 are whole valid files" in result.stdout, result.stderr
+    pictures = [np.asarray(Image.open(path).convert("L"), float) for path in sorted((tmp_path / "s").glob("*.jpg"))]
+    steps = np.mean([np.abs(np.diff(picture)).mean() for picture in pictures])
+    assert {picture.shape for picture in pictures} == {(64, 64)} and np.std(pictures) > 2 * steps > 1
 
 
 def test_completions_keep_the_top_of_the_picture(finished, photos, tmp_path):
