@@ -68,7 +68,7 @@ class Config(ModelConfig):
     batch: int = 4  # rows of context tokens per step, over all processes
     micro: int = 4  # rows per forward pass of one process: to fit memory, or a CPU's cache
     lr: float = 1e-3  # peak learning rate
-    warmup: int = 100  # steps of linear rise, before the cosine fall to a tenth of the peak
+    warmup: int = 100  # steps of linear rise, before the cosine fall to zero
     embed_lr: float = 1.0  # learning rate of the embeddings, in units of lr
     muon: bool = False  # Muon, instead of AdamW, for the matrices of the blocks
     decay: float = 0.1  # weight decay of the matrices, but for embeddings
@@ -172,7 +172,7 @@ def learning_rate(step: int, config: Config) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))  # from 1 to 0.1 of it, half a cosine
+    return config.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def build_optimizers(model: Llama, config: Config) -> list[torch.optim.Optimizer]:
