@@ -492,7 +492,7 @@ class Decoded(Memory):
     A token after which some DC cannot stay within its bounds is not legal.
     """
 
-    end: int  # the first of the states of the next MCU
+    end: int  # the last of the states of an MCU, behind which come those of the next
     closes: Array  # (counts,) whether nothing but ones to the end of a byte follow this MCU
     after: Array  # (states * 16, 3) the state after four bits, and what they add to the DC due before them and then
     due: Array  # (states, 7) the block whose DC is due, of the MCU or beyond it; the least and the largest that it can

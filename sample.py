@@ -160,6 +160,7 @@ def draw(
         banned[rows, tokens[rows]] = True
         if tries == BANS and (drawing := [row for row in rows if row not in spelling]):
             banned[drawing] = grammar.mask(states, room, exact=drawing)[drawing]
+            assert not banned[drawing].all(-1).any(), "a state from which no token leads on"
         again = torch.full_like(tokens, -1)  # which reads nothing
         again[rows] = choose(logits[rows].masked_fill(banned[rows], -math.inf), dice.more(rows), sampling)
         tokens[rows] = again[rows]
