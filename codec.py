@@ -162,9 +162,9 @@ class JPEG(Codec):
         return SOI + self.tables + self.prefix[len(SOI) :] + scan + EOI
 
     def check(self, symbols: np.ndarray) -> str | None:
-        """Valid is what T.81 allows: every code is in the Huffman tables, no block has more than 64 coefficients, and
-        none and no DC that 8-bit pixels do not lead to, FF is stuffed (F.1.2.3), bytes are filled up with ones, restart
-        markers count modulo 8 (E.1.4), no MCU is missing."""
+        """Valid is what T.81 allows: every code is in the Huffman tables, no block has more than 64 coefficients, no
+        coefficient more bits and no DC another value than 8-bit pixels lead to, FF is stuffed (F.1.2.3), bytes are
+        filled up with ones, restart markers count modulo 8 (E.1.4), no MCU is missing."""
         data, (before, after) = bytes(symbols), self.around
         if not data.startswith(before):
             wrong = len(os.path.commonprefix([data, before]))

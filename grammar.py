@@ -101,6 +101,7 @@ class Memory:
     """What a Table's reader remembers besides, to tell it the model: numbers that it decoded.  Here nothing."""
 
     sizes: tuple[int, ...] = ()  # how many values each of the K syntax positions has that it tells
+    asks = False  # whether a step looks at what came out to know how to go on, for which a GPU must be waited for
 
     def to(self, device: object) -> "Memory":
         return self
@@ -145,7 +146,7 @@ class Table:
     sizes: tuple[int, ...]  # of those, and of what the memory tells
     first: int = 0  # local state after the start token
     memory: Memory = Memory()
-    exact: bool = False
+    exact: bool = False  # whether the mask leaves nothing open that `accept` would refuse
 
     @cached_property
     def bits(self) -> int:

@@ -12,7 +12,8 @@ The first half of this page is a parser in the words of the standard (ITU-T T.81
 checks files with it.  The second half is the same knowledge as a machine that takes a byte and says which may follow;
 sampling and the model's syntax positions use that.  The two share the tables of the file and nothing else, so each
 tests the other.  Both also know how large a coefficient can be in a picture of 8 bits: a model that is free to write
-larger ones now and then covers a block with black and white stripes.
+larger ones now and then covers a block with black and white stripes, or, as DC is a sum of differences, the rest of
+the picture with white.
 """
 
 import re
@@ -467,6 +468,7 @@ def scan_syntax(bits: Automaton, at: Layout, grid: tuple[int, int]) -> tuple[np.
 NEAR = ((0, -1), (-1, 0), (-1, 1))  # rows and columns from a block to others: left, above, and right of that
 STEPS = 32  # differences of DC that are told as they are; of larger ones ...
 FINER = 8  # ... so many to every doubling
+UNASKED = 8  # bytes of a token that are read on a GPU without asking whether there are any, which takes longer
 
 
 def levels() -> np.ndarray:
@@ -507,9 +509,10 @@ class Decoded(Memory):
     level: Array  # (8192,) what is told of a difference, which if negative counts from the end
     spelling: Array  # (vocab, longest) bytes of each token, -1 behind them
     plain: Table | None = None  # of bytes
-    exact: bool = False  # all tokens are legal, and none is refused
+    trusts: bool = False  # that the tokens which are read are legal, for an exact mask has left no others
 
     sizes = property(lambda self: (int(self.level.max()) + 1,) * self.near[0].size)
+    asks = property(lambda self: self.spelling.shape[1] > UNASKED)
 
     def to(self, device: object) -> "Decoded":
         import torch
@@ -517,7 +520,7 @@ class Decoded(Memory):
         arrays = ("after", "due", "inside", "place", "before", "near", "base", "first", "level", "spelling")
         moved = {name: torch.from_numpy(getattr(self, name)).to(device).long() for name in arrays}
         closes = torch.from_numpy(self.closes).to(device)
-        return replace(self, plain=self.plain.tensors(device), exact=True, closes=closes, **moved)
+        return replace(self, plain=self.plain.tensors(device), trusts=True, closes=closes, **moved)
 
     def with_pairs(self, merges: Sequence[tuple[int, int]]) -> "Decoded":
         spelled = expansions(merges)
@@ -536,7 +539,7 @@ class Decoded(Memory):
         return self.take(each, tokens, legal.reshape(-1), []).reshape(legal.shape)
 
     def read(self, before: State, after: State, tokens: Array, legal: Array) -> tuple[State, Array]:
-        if self.exact:  # of what the mask left, all is legal
+        if self.trusts:
             self.take(before, tokens, legal, None)
             return self.look(State(after.local, after.count, None, before.values)), legal
         changes, row = [], self.rows(before.local)
@@ -555,7 +558,7 @@ class Decoded(Memory):
         for number in range(spelled.shape[1]):
             byte = spelled[:, number]
             reads = legal & (byte >= 0)
-            if number and not self.exact and not reads.any():  # a GPU would have to wait for the answer
+            if number >= (UNASKED if self.trusts else 1) and not reads.any():
                 break
             legal = self.read_byte(place, row, byte, reads, changes) & legal
             if number + 1 < spelled.shape[1]:

@@ -64,7 +64,6 @@ class Cache:
 
     def __init__(self, config: ModelConfig, batch: int, length: int):
         self.most, self.length = length, 0
-        self.place = slice(0, 0)
         self.keys = self.values = torch.empty(config.layers, batch, config.kv_heads, 0, config.dim // config.heads)
 
     def begin(self, count: int) -> slice | Tensor:
@@ -86,7 +85,7 @@ class Cache:
         if end > (had := self.keys.shape[3]):
             room = min(self.most, max(2 * had, -(-end // 128) * 128))
             for name, new in (("keys", k), ("values", v)):
-                copy = new.new_zeros((len(self.keys), *new.shape[:2], room, new.shape[3]))
+                copy = new.new_zeros((len(self.keys), *new.shape[:2], room, new.shape[3]))  # no NaN, hidden or not
                 copy[:, :, :, :had] = getattr(self, name)
                 setattr(self, name, copy)
 

@@ -80,7 +80,7 @@ def likeliest(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (B, V) that are -inf but for the likeliest tokens."""
     values, tokens = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
     probability = values.softmax(-1)
-    values[probability.cumsum(-1) - probability >= sampling.top_p] = -math.inf
+    values = values.masked_fill(probability.cumsum(-1) - probability >= sampling.top_p, -math.inf)
     return torch.full_like(logits, -math.inf).scatter(-1, tokens, values)
 
 
@@ -140,7 +140,8 @@ def draw(
     Mask what is known to be illegal, draw, ask, ban what was refused and draw again: that is drawing from what is
     legal.
     """
-    banned, spelling = grammar.mask(states, room) & (not sampling.free), due.rows(at)
+    spelling = due.rows(at)
+    banned = torch.zeros_like(logits, dtype=torch.bool) if sampling.free else grammar.mask(states, room)
     if spelling:
         banned[spelling] |= due.clashes(spelling, banned.device)
 
@@ -177,12 +178,12 @@ def fitted(
     is spelled as if the file ended.  Errors: UserError, of a prompt that begins no valid file of `length` tokens."""
     ends = [np.frombuffer(each, tokenizer.dtype) for each in due]  # symbols are tokens too
     prompts, due, whole = [*prompts], [*due], [*map(np.append, prompts, ends)]
-    walk = tokenizer.grammar.walk(whole, tell=False)
+    walk = tokenizer.grammar.walk(whole)
     tight = np.flatnonzero(walk.rest > length - np.array([*map(len, whole)]))
     for row in tight:
         prompts[row] = whole[row] = np.append(prompts[row], tokenizer.encode([ends[row]])[0][1:-1])
         due[row] = b""
-    refuse_bad_prompts(tokenizer.grammar.walk(whole, tell=False) if len(tight) else walk, whole, length)
+    refuse_bad_prompts(tokenizer.grammar.walk(whole) if len(tight) else walk, whole, length)
     return prompts, due
 
 

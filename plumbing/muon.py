@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from model import sharded_as
 
+AT_ONCE = 1 << 26  # numbers of the matrices that are gathered together, for memory's sake
+
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     """About U V^T of each matrix U S V^T (N, rows, columns): its directions, all of the same size.
@@ -33,7 +35,7 @@ def own(tensor: Tensor) -> Tensor:
 
 def whole(weight: Tensor, rows: Tensor) -> Tensor:
     """A matrix of which every process has the rows that it has of the weight."""
-    if own(weight).shape == weight.shape:
+    if not isinstance(weight, DTensor) or weight.device_mesh.size() == 1:
         return rows
     size = {"shape": weight.shape, "stride": weight.stride()}
     return DTensor.from_local(rows, weight.device_mesh, weight.placements, run_check=False, **size).full_tensor()
@@ -57,7 +59,9 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is not None:
                     alike[weight.shape].append(weight)
             for shape, weights in alike.items():
-                self.change(weights, group, 0.2 * max(shape) ** 0.5)
+                count = max(1, AT_ONCE // shape.numel())
+                for first in range(0, len(weights), count):
+                    self.change(weights[first : first + count], group, 0.2 * max(shape) ** 0.5)
 
     def change(self, weights: list[Tensor], group: dict, scale: float) -> None:
         """Take the step of some weights of the same shape."""

@@ -311,8 +311,8 @@ ATTENTION = ("flash", "fmha", "attention", "cudnn")
 
 
 def scale() -> None:
-    """On a GPU: tokens/s, share of the peak, memory beside --plan, and where the time goes, of base, 1b and 7b (of
-    half its blocks where all do not fit), as they are and with --compile."""
+    """On a GPU: tokens/s, share of the peak, memory beside --plan, and where the time goes, of base, as it is and with
+    --compile, and of 1b and 7b, which have that (of half the blocks where all do not fit)."""
     if not torch.cuda.is_available():
         print("scale: there is no GPU here", file=sys.stderr)
         return
