@@ -1,6 +1,6 @@
 """Train a Llama on files.
 
-    python train.py                                                   # from drawing to writing, 25 minutes on one core
+    python train.py                                                   # from drawing to writing, 24 minutes on one core
     python train.py --config tiny --out out/try                       # the same in a minute, to see that it runs
     python train.py --config video                                    # clips of moving shapes, a quarter of an hour
     python train.py --config photos --data data/photos                # what `python -m data.prepare` made
