@@ -595,7 +595,7 @@ def test_one_dead_process_leaves_none_behind(prepared, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(prepared, tmp_path, monkeypatch):
-    settings, real = config(prepared, tmp_path / "run", "--log-every", 100), module.cross_entropy
+    settings, real = config(prepared, tmp_path / "run", "--log-every", "100"), module.cross_entropy
     passes = iter(range(10**6))  # two a step
 
     def broken(logits, targets, reduction="mean"):
