@@ -292,20 +292,20 @@ def into_the_next(bits: Automaton) -> np.ndarray:
 
 
 def parts_of(bits: Automaton) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each state, whether it stands in the Huffman code of a DC difference, before a value's sign, behind that."""
+    """Of each state, whether it stands in the Huffman code of a DC difference; how many bits this has, if none is read;
+    and how many of them are left, if some are.  0 elsewhere."""
     states = np.arange(bits.end)
     coefficient, place = states // bits.width % 65, states % bits.width - bits.nodes
-    code, value = (coefficient == 0) & (place < 0), (coefficient == 1) & (place >= 0)
-    return code, value & (place >= LONGEST_VALUE), value & (place < LONGEST_VALUE)
+    count = np.where((coefficient == 1) & (place >= 0), place % LONGEST_VALUE + 1, 0)
+    begins = place >= LONGEST_VALUE
+    return (coefficient == 0) & (place < 0), count * begins, count * ~begins
 
 
 def least_differences(bits: Automaton) -> np.ndarray:
     """(end + 1,) the least number other than negative that a DC difference can still be, before its sign; the last is
     that of -1."""
-    code, sign, _ = parts_of(bits)
-    least = np.zeros(bits.end + 1, np.int64)
-    least[:-1][sign] = 1 << (np.flatnonzero(sign) % bits.width - bits.nodes - LONGEST_VALUE)
-    least[-1] = FAR
+    code, size, _ = parts_of(bits)
+    least = np.append((1 << size) >> 1, FAR)
     for _ in range(16):
         least[:-1][code] = least[bits.steps[code]].min(1)
     return least
@@ -318,9 +318,9 @@ def bytes_to_end(bits: Automaton) -> np.ndarray:
     Whether a DC can stay within its bounds is not known here, so of DC differences the least are read, of which one can
     always follow, and their bits as if they were to fill an FF.
     """
-    end, (code, sign, rest) = bits.end, parts_of(bits)
+    end, (code, size, left) = bits.end, parts_of(bits)
     steps = np.concatenate([bits.steps, [[-1, end], [-1, -1]]])
-    forced = np.concatenate([sign | rest, [False, False]])
+    forced = np.concatenate([size + left > 0, [False, False]])
     least, chosen = least_differences(bits), np.full((end + 2, 2), True)
     chosen[:end][code] = least[bits.steps[code]] == least[bits.steps[code]].min(1, keepdims=True)
     away = np.full(end + 2, FAR, np.int32)  # the last is that of -1
@@ -397,7 +397,7 @@ def scan(
     layer[at.ended, 257] = ALWAYS * at.unit + at.ended
 
     away, tail = scan_rest(bytes_to_end(bits), at, mcus, interval, len(suffix))
-    memory = decoded(bits, dc, at, (mcus // columns, columns), interval)
+    memory = decoded(bits, dc, at, (mcus // columns, columns), interval, closes)
     local_syntax, sizes = scan_syntax(bits, at, (mcus // columns, columns))
     local_syntax = np.pad(local_syntax, [(0, 0), (0, len(memory.sizes))])
     count_syntax = np.zeros((mcus + 1, local_syntax.shape[1]), np.int16)
@@ -600,7 +600,9 @@ class Decoded(Memory):
         return (local * 0 + 1).cumsum(0) - 1
 
 
-def decoded(bits: Automaton, dc: list[tuple[int, int]], at: Layout, grid: tuple[int, int], interval: int) -> Decoded:
+def decoded(
+    bits: Automaton, dc: list[tuple[int, int]], at: Layout, grid: tuple[int, int], interval: int, closes: np.ndarray
+) -> Decoded:
     """The memory of `scan`."""
     end, blocks = bits.end, bits.end // (65 * bits.width)
     block, coefficient, part = np.unravel_index(np.arange(end), (blocks, 65, bits.width))
@@ -625,19 +627,16 @@ def decoded(bits: Automaton, dc: list[tuple[int, int]], at: Layout, grid: tuple[
     place[at.waiting] = place[np.where(at.after_ff > end, at.after_ff - end - 1, at.after_ff)]
     after = np.stack([np.where(after < 0, nowhere, after), *gain], -1).reshape(-1, 3).astype(np.int32)
     spelling = np.append(np.arange(256), [-1, -1])[:, None].astype(np.int32)
-    number = np.arange(grid[0] * grid[1] + 1) + 1
-    closes = (number % interval == 0) | (number >= grid[0] * grid[1])
     due = np.stack([beyond, *kept_open(bits, dc, beyond % blocks)], -1).astype(np.int32)
     return Decoded(end, closes, after, due, inside, place, blocks, before, near, base, first, level, spelling)
 
 
 def kept_open(bits: Automaton, dc: list[tuple[int, int]], due: np.ndarray) -> Iterator[np.ndarray]:
     """What Decoded.due says of bounds, from the number of the block that is due at each state."""
-    far, (code, sign, rest) = 1 << 16, parts_of(bits)
-    value = np.minimum(least_differences(bits)[:-1], far)
-    most = np.where(code, far, np.where(sign, 2 * value - 1, 0))
-    left = np.where(rest, (2 << np.maximum(np.arange(bits.end) % bits.width - bits.nodes, 0) % LONGEST_VALUE) - 1, 0)
-    least, most = np.stack([value, np.where(rest, 0, -most)]), np.stack([most + left, np.where(rest, left, -value)])
+    far, (code, size, left) = 1 << 16, parts_of(bits)
+    least, rest = np.minimum(least_differences(bits)[:-1], far), (1 << left) - 1
+    most = np.where(code, far, (1 << size) - 1)
+    least, most = np.stack([least, -most]), np.stack([most + rest, rest - least])  # not negative, negative
     least, most = (np.concatenate([each, [[0], [0]], each, [[0], [0]]], 1) for each in (least, most))
     bounds = np.array(dc).T[:, (due >= due.max() - 1).astype(int)]
     bounds[:, -1] = -far, far
@@ -658,12 +657,8 @@ def due_and_present(of: np.ndarray) -> np.ndarray:
 def worth(bits: Automaton) -> np.ndarray:
     """(end, 2) what a 0 and a 1 add to the DC difference to which they belong (F.1.2.1): of `size` bits, those below
     2 ** (size - 1) stand for negative numbers, which begin at 1 - 2 ** size."""
-    found, states = np.zeros((bits.end, 2), np.int64), np.arange(bits.end)
-    place = np.where(states // bits.width % 65 == 1, states % bits.width - bits.nodes, -1)
-    left = place % LONGEST_VALUE + 1
-    found[:, 1] = np.where(place >= 0, 1 << (left - 1), 0)
-    found[:, 0] = np.where(place >= LONGEST_VALUE, 1 - (1 << left), 0)
-    return found
+    _, size, left = parts_of(bits)
+    return np.stack([np.where(size, 1 - (1 << size), 0), (1 << size + left) >> 1], 1)
 
 
 def neighbours(blocks: int, grid: tuple[int, int], interval: int) -> tuple[np.ndarray, np.ndarray]:

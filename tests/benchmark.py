@@ -398,6 +398,7 @@ def writing() -> None:
         sample.can_record = can
 
     for batch in (1, 64, 400):
+        lengths.clear()
         functions = {"ours": partial(write, batch), "without a recording": partial(eagerly, batch)}
         seconds = interleaved(functions, 2)
         speeds = {name: batch * statistics.median(lengths) / value for name, value in seconds.items()}
