@@ -437,12 +437,12 @@ class Tokenizer:
 
 # --- codec.json: settings are typed once, in data.prepare, and travel with the data and the model -------------------
 
-CODECS = {"jpeg": "codec.JPEG", "pixels": "codec.Pixels", "h264": "h264.H264"}
+CODECS = {"jpeg": "codec.JPEG", "pixels": "codec.Pixels", "h264": "h264.H264", "vq": "data.vq.VQ"}
 
 
 def codec_named(name: str) -> type[Codec]:
     """One of CODECS, of which each is imported when it is asked for.  Errors: KeyError."""
-    module, kind = CODECS[name].split(".")
+    module, kind = CODECS[name].rsplit(".", 1)
     return getattr(import_module(module), kind)
 
 

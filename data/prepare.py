@@ -261,6 +261,11 @@ def syntax_of(tokenizer: Tokenizer, documents: list[np.ndarray], tokens: list[np
     return np.concatenate(found)
 
 
+def validates(files: np.ndarray, validation: float) -> np.ndarray:
+    """Which of some usable files, by their numbers, validate: every (1 / validation)-th."""
+    return ((files + 1) * validation).astype(int) > (files * validation).astype(int)
+
+
 def tokenize(
     part: Part, tokenizer: Tokenizer, first: int, views: int, validation: float, syntax: bool, out: Path, number: int
 ) -> dict[str, dict]:
@@ -270,9 +275,8 @@ def tokenize(
     folder.  The others come view by view, so that no row holds two of one picture.
     """
     files = first + np.repeat(np.arange(len(part.load("counts"))), part.load("counts"))
-    validates = ((files + 1) * validation).astype(int) > (files * validation).astype(int)
-    numbers = np.arange(len(files)).reshape(-1, views)
-    trains, held = (numbers[chosen[::views]] for chosen in (~validates, validates))
+    validating, numbers = validates(files, validation), np.arange(len(files)).reshape(-1, views)
+    trains, held = (numbers[chosen[::views]] for chosen in (~validating, validating))
     described = {}
     for split, chosen in (("train", trains.T.reshape(-1)), ("val", held[:, 0])):
         for lot, documents in enumerate(part.lots(tokenizer.dtype, chosen)):
