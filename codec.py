@@ -53,8 +53,13 @@ class Codec:
         """The codec with what it has to learn from pixels, of which it takes as many as it wants."""
         return self
 
+    @property
+    def dtype(self) -> type:
+        """Of symbols, on disk too."""
+        return np.uint8 if self.symbols <= 256 else np.uint16
+
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels of `shape` uint8 to symbols (n,); the same pixels give the same symbols."""
+        """Pixels of `shape` uint8 to symbols (n,) of `dtype`; the same pixels give the same symbols."""
 
     def decode(self, symbols: np.ndarray) -> np.ndarray:
         """Any symbols to pixels of `shape` uint8, never an exception."""
@@ -306,7 +311,7 @@ class Pixels(Codec):
         assert pixels.shape == self.shape and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
         if not self.colours:
             return pixels.reshape(-1)
-        return self.nearest.query(pixels.reshape(-1, 3))[1].astype(np.uint16)
+        return self.nearest.query(pixels.reshape(-1, 3))[1].astype(self.dtype)
 
     def decode(self, symbols: np.ndarray) -> np.ndarray:
         """What is missing is grey, what is too much is left out."""
@@ -424,7 +429,7 @@ class Tokenizer:
 
     @property
     def dtype(self) -> type:
-        return np.uint8 if self.codec.symbols <= 256 else np.uint16
+        return self.codec.dtype
 
     @cached_property
     def expansions(self) -> list[np.ndarray]:

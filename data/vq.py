@@ -5,11 +5,11 @@
     python -m data.vq photos out/vq --test others --weights FILE          # FID of what comes back, too
     python -m data.prepare photos data/vq --codec vq --network out/vq     # then train on the codes
 
-Convolutions shrink a picture of H x W pixels to a grid of vectors, each is replaced by the nearest of some learned ones,
-whose number is the symbol, and convolutions draw the picture from them again.  All is trained end to end on squared
-error: van den Oord et al. 2017, VQ-VAE (arXiv:1711.00937).  Codes have unit length and few dimensions, as in Yu et al.
-2021, ViT-VQGAN (arXiv:2110.04627, section 3.2), and those that nobody uses are moved, as in Dhariwal et al. 2020, Jukebox
-(arXiv:2005.00341, section 3.1).  The paper names neither the layers of its VQ nor what it was trained on.
+Convolutions shrink a picture of H x W pixels to a grid of vectors, each is replaced by the nearest of some learned
+ones, whose number is the symbol, and convolutions draw the picture from them again.  All is trained end to end on
+squared error: van den Oord et al. 2017, VQ-VAE (arXiv:1711.00937).  Codes have unit length and few dimensions, as in Yu
+et al. 2021, ViT-VQGAN (arXiv:2110.04627, section 3.2), and those that nobody uses are moved, as in Dhariwal et al. 2020,
+Jukebox (arXiv:2005.00341, section 3.1).  The paper names neither the layers of its VQ nor its training.
 
 The same command continues an interrupted training, with the same numbers.
 
@@ -99,9 +99,9 @@ class Residual(nn.Sequential):
 class Codebook(nn.Module):
     """Vectors (B, D, H, W) to the nearest of K directions, and their numbers.
 
-    All lengths are 1, so the nearest has the largest dot product, and no code can drift out of reach.  `use` is a running
-    mean of how often each code is chosen, 1 being its fair share; one that falls below `dead` is moved to a vector of the
-    batch at hand.  Without that a few codes win early, and the others are never chosen.
+    All lengths are 1, so the nearest has the largest dot product, and no code can drift out of reach.  `use` is a
+    running mean of how often each code is chosen, 1 being its fair share; one that falls below `dead` is moved to a
+    vector of the batch at hand.  Without that a few codes win early, and the others are never chosen.
     """
 
     commitment, decay, dead = 0.25, 0.95, 0.1
@@ -227,7 +227,7 @@ class VQ(Codec):
         assert pixels.shape == self.shape and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
         with alone():
             codes = self.learned.encode(torch.from_numpy(np.array(pixels))[None])
-        return codes.flatten().numpy().astype(np.min_scalar_type(self.symbols - 1))
+        return codes.flatten().numpy().astype(self.dtype)
 
     def decode(self, symbols: np.ndarray) -> np.ndarray:
         """What is missing is no code at all, what is too much is left out."""
@@ -437,9 +437,8 @@ def pictures_of(source: Path, config: Learning) -> tuple[np.ndarray, np.ndarray,
     """Pictures (N, H, W, 3) to learn from and to validate with, and a digest of the names of all.  Errors: UserError."""
     items = [*find_items(source)]
     listing = hashlib.sha256("\0".join(item.name for item in items).encode()).hexdigest()[:16]
-    found = [
-        *usable(tqdm(items[:: -(-len(items) // MOST) or 1], "read", unit=" files", disable=None), Frame(config.size))
-    ]
+    bar = tqdm(items[:: -(-len(items) // MOST) or 1], "read", unit=" files", disable=None)
+    found = [*usable(bar, Frame(config.size))]
     held = validates(np.arange(len(found)), config.val)
     if not held.any() or held.all():
         raise UserError(
@@ -461,6 +460,7 @@ class Frame(Codec):
 
 def learn(source: Path, out: Path, config: Learning) -> None:
     """Write OUT/vq.safetensors, report.json and grid.png from the pictures of SOURCE.  Errors: UserError."""
+    out.mkdir(parents=True, exist_ok=True)
     learned_from, held, listing = pictures_of(source, config)
     settings = {**asdict(config), "listing": listing}
     if (out / "report.json").exists():
@@ -499,14 +499,13 @@ def learn(source: Path, out: Path, config: Learning) -> None:
     save(out / FILE, network.cpu().to(memory_format=torch.contiguous_format))
     write_json(out / "report.json", report)  # last: now it is learned
     state.path.unlink(missing_ok=True)
-    print(
-        f"{out}: {report['psnr']:.2f} dB, {report['used']:,} of {config.codes:,} codes used, {report['seconds']:,.0f} s"
-    )
+    used = f"{report['used']:,} of {config.codes:,} codes used"
+    print(f"{out}: {report['psnr']:.2f} dB, {used}, {report['seconds']:,.0f} s")
 
 
 LINE = (
-    "step {step}  training {training:.2f} dB  validation {psnr:.2f} dB, {used:,} of {codes:,} codes used, as hard to guess "
-    "as {perplexity:,.0f}  {left:,.0f} s left"
+    "step {step}  training {training:.2f} dB  validation {psnr:.2f} dB, {used:,} of {codes:,} codes used, as hard to "
+    "guess as {perplexity:,.0f}  {left:,.0f} s left"
 )
 
 
@@ -523,9 +522,7 @@ def distance(codec: VQ, test: Path, weights: Path | None, dims: int = 768) -> di
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Flags(__doc__)
-    parser.add_argument(
-        "source", type=Path, help="folder of pictures, of folders of pictures, or of .tar files of them"
-    )
+    parser.add_argument("source", type=Path, help="folder of pictures, of such folders, or of .tar files of them")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--test", type=Path, help="other pictures, to measure the FID of what comes back of them")
     parser.add_argument("--weights", type=Path, help="of the FID network (default: downloaded once, see fid.py)")
@@ -538,11 +535,9 @@ def main(arguments: list[str] | None = None) -> None:
     with claim(flags.out, wait=True):
         learn(flags.source, flags.out, config)
         if flags.test:
-            report = read_json(flags.out / "report.json") | {
-                "test": distance(VQ(str(flags.out)), flags.test, flags.weights)
-            }
-            write_json(flags.out / "report.json", report)
-            print(f"{flags.out}: " + ", ".join(f"{name} {value:.5g}" for name, value in report["test"].items()))
+            found = distance(VQ(str(flags.out)), flags.test, flags.weights)
+            write_json(flags.out / "report.json", read_json(flags.out / "report.json") | {"test": found})
+            print(f"{flags.out}: " + ", ".join(f"{name} {value:.5g}" for name, value in found.items()))
 
 
 if __name__ == "__main__":

@@ -317,3 +317,14 @@ def test_no_two_clips_of_moving_shapes_are_alike():
     assert len(drawn[0]) == count == 960 and drawn[0].keys() == drawn[1].keys() and drawn[0] != drawn[1]
     with pytest.raises(UserError, match="--count is 961: .* to 960"):
         shapes.make(Path("never"), 961, 32, clips=True)
+
+
+@pytest.mark.parametrize("colours", [16, 300])
+def test_pixels_of_any_number_of_colours_are_prepared_as_they_are(colours, photos, tmp_path):
+    """Symbols of one byte and of two."""
+    prepare(photos, tmp_path / "data", Pixels(size=8, colours=colours), None, validation=0.1, workers=1)
+    codec = load_tokenizer(tmp_path / "data").codec
+    pictures = [*module.usable(module.find_items(photos), codec)][9::10]
+    found = documents(tmp_path / "data", "val")
+    assert len(found) == len(pictures) == 6
+    assert all(np.array_equal(a, codec.encode(b)) for a, b in zip(found, pictures, strict=True))

@@ -1,0 +1,429 @@
+"""Codecs side by side: what is compared, the steps that takes, and doing them.
+
+Each step is a command of this project, as one would type it, and is done if what it makes is there.
+"""
+
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from threading import Event, Lock
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from codec import load_tokenizer
+from data.prepare import cores, usable
+from data.sources import find_items
+from data.vq import Frame
+from plumbing.command import UserError, differences
+from plumbing.draw import save_pixels
+from plumbing.files import read_json, write_json
+from plumbing.plan import count, flops_of
+from plumbing.run import Stop
+from train import parse as parse_training
+
+DIMS = 768  # features of the FID network; with fewer pictures KID is measured instead
+KEEP = (0.25, 0.5, 0.75)  # of the pictures that are completed, as in the paper
+HALF = 0.5
+TOP_P = (0.9, 0.95)  # tried beside 1
+ROW = 64  # contexts are multiples of it
+LEAST_ROW = 256  # tokens: of short documents, several to a row
+LOOK = 1e10  # FLOPs of the FID network for a picture, for the progress bar
+
+# --- what is compared -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contender:
+    title: str
+    data: str  # its data folder, which two may share
+    prepare: str  # flags of data.prepare
+    vq: str = ""  # flags of data.vq, of what is learned
+    train: str = ""  # flags of train.py
+    side: int = 0  # pixels of its pictures, both ways; 0: as large as they are
+
+
+CONTENDERS = {
+    "jpeg-plain": Contender("JPEG, plain Llama", "jpeg", "--vocab 258 --restart 0", train="--no-syntax"),
+    "jpeg": Contender("JPEG", "jpeg", "--vocab 258 --restart 0"),
+    "vq8": Contender("VQ, 8x8 pixels a code", "vq8", "--codec vq", "--halvings 3 --codes 4096"),
+    "vq4": Contender("VQ, 4x4 pixels a code", "vq4", "--codec vq", "--halvings 2 --codes 1024"),
+    "pixels16": Contender("pixels, 16x16", "pixels16", "--codec pixels", side=16),
+    "pixels32": Contender("pixels, 32x32", "pixels32", "--codec pixels", side=32),
+}
+REFERENCE = "jpeg"  # whose FLOPs and pictures the others get
+SETTINGS = {"flops": "as many FLOPs", "pictures": "as many pictures"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    size: int = 64  # pixels, both ways
+    config: str = "small"  # preset of train.py
+    steps: int = 2000  # optimizer steps of JPEG, from which those of the others follow
+    tokens: int = 2048  # of a step, about
+    views: int = 1  # of each picture: 1, 2 with its mirror image, 8 turned as well
+    vq_steps: int = 6000  # of learning a codebook
+    count: int = 800  # pictures of each measurement
+    seeds: int = 1  # of sampling, from 0 on
+    tail: float = 0.0  # the long tail: pictures of the rarest class, as a share of those of the most frequent one
+    small: bool = False  # small things: also complete pictures shrunk to half on black
+    jobs: int = 1  # codecs at work at once, on as many cores each as that leaves
+
+    def __post_init__(self) -> None:
+        least = {"size": 16, "steps": 1, "tokens": 64, "vq_steps": 1, "count": 2, "seeds": 1, "jobs": 1}
+        for name, value in least.items():
+            if not value <= getattr(self, name) < 2**31:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: choose {value} or more")
+        if not 0 <= self.tail < 1:
+            raise UserError(f"--tail is {self.tail}: choose a share below 1, such as 0.02, or 0 for all pictures")
+
+
+FREE = {"seeds", "small", "jobs", "codecs"}  # may grow or change in the same OUT
+
+
+@dataclass
+class Step:
+    """A command, which is done if `made` is there."""
+
+    made: Path
+    run: str | Callable[[], None]
+    flops: float  # about, for the progress bar
+
+
+class Stopped(Exception):
+    """Another codec failed, or the user has had enough."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one model is trained."""
+
+    data: Path
+    context: int
+    batch: int  # rows a step
+    micro: int
+    steps: int
+    length: float  # tokens of a document, on average
+    cost: int  # FLOPs of training on a token
+
+    @property
+    def flops(self) -> int:
+        return self.steps * self.batch * self.context * self.cost
+
+    @property
+    def pictures(self) -> float:
+        return self.steps * self.batch * self.context / self.length
+
+
+# --- one folder of pictures -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Study:
+    """The comparison on the pictures of DATA, in OUT."""
+
+    out: Path
+    data: Path
+    config: Comparison
+    codecs: list[str]  # names of contenders
+    extra: list[str]  # flags of train.py
+    weights: Path  # of the FID network
+    stop: Event = field(default_factory=Event)
+    lock: Lock = field(default_factory=Lock)
+
+    def go(self) -> None:
+        """Do what is not done yet.  Errors: UserError; Stopped, when the user has had enough."""
+        self.open()
+        self.references()
+        names = [*dict.fromkeys([REFERENCE, *self.codecs])]
+        chains = {CONTENDERS[name].data: self.preparation(name) for name in names}
+        self.work([*chains.values()], "prepare")
+        common = [
+            step for kind in self.kinds for step in self.look(self.test(kind), self.config.size, self.features(kind))
+        ]
+        self.work([common], "look")
+        chains = [self.steps(name, setting) for name in self.codecs for setting in settings_of(name)]
+        self.work(sorted(chains, key=lambda steps: -sum(step.flops for step in steps)), "compare")
+
+    def open(self) -> None:
+        """Errors: UserError, where OUT holds another comparison."""
+        settings = {**asdict(self.config), "codecs": self.codecs, "train": self.extra, "data": str(self.data.resolve())}
+        path = self.out / "settings.json"
+        if path.exists() and (changed := differences(read_json(path), settings, FREE)):
+            raise UserError(f"{self.out} holds another comparison ({changed}): choose another folder, or delete it")
+        write_json(path, settings)
+
+    # the pictures
+
+    @property
+    def kinds(self) -> list[str]:
+        return ["whole", "small"] if self.config.small else ["whole"]
+
+    def test(self, kind: str) -> Path:
+        """What is completed and compared with: pictures as they are, or shrunk to half on black."""
+        return self.out / "test" / kind
+
+    def references(self) -> None:
+        """Errors: UserError."""
+        if all(map(Path.is_dir, map(self.test, self.kinds))):
+            return
+        frame, wanted = Frame(self.config.size), self.config.count
+        items = [item for item in find_items(self.data / "test") if any(True for _ in usable([item], frame))]
+        if len(items) < wanted:
+            held = f"{self.data}/test has {len(items)} usable pictures of {self.config.size} pixels"
+            raise UserError(f"{held}, not --count {wanted}: lower it, or give it more")
+        items = [items[i * len(items) // wanted] for i in range(wanted)]  # spread evenly
+        classes = [item.name.split("/")[0] if "/" in item.name else "" for item in items]
+        write_json(self.out / "classes.json", {"classes": classes})
+        for kind, change in (("whole", np.asarray), ("small", shrunk)):
+            part = self.test(f"{kind}.part")
+            if kind in self.kinds and not self.test(kind).exists():
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+                for number, picture in enumerate(usable(items, frame)):
+                    save_pixels(part / f"{number:05d}", change(picture))
+                part.rename(self.test(kind))
+
+    @cached_property
+    def source(self) -> Path:
+        """The pictures to learn from: DATA/train, or a long tail of it.  Errors: UserError."""
+        whole = self.data / "train"
+        return long_tail(whole, self.out / "train", self.config.tail) if self.config.tail else whole
+
+    # the steps
+
+    def preparation(self, name: str) -> list[Step]:
+        contender = CONTENDERS[name]
+        folder, network = self.out / "data" / contender.data, self.out / "vq" / contender.data
+        size, views, steps = contender.side or self.config.size, f"--views {self.config.views}", []
+        shape = f"--size {size}"
+        if contender.vq:
+            learn = f"-m data.vq {self.source} {network} {contender.vq} {shape} {views} --steps {self.config.vq_steps}"
+            steps, shape = [Step(network / "report.json", learn, 1e10 * self.config.vq_steps)], f"--network {network}"
+        prepare = f"-m data.prepare {self.source} {folder} {contender.prepare} {shape} {views} --workers {self.cores}"
+        return [*steps, Step(folder / "report.json", prepare, 1e13)]
+
+    def plan(self, name: str, setting: str) -> Plan:
+        """As many FLOPs, or as many pictures, as the reference takes."""
+        reference, plan = replace(self.plan_a_step(REFERENCE), steps=self.config.steps), self.plan_a_step(name)
+        ratio = reference.flops / plan.flops if setting == "flops" else reference.pictures / plan.pictures
+        return replace(plan, steps=max(1, round(ratio)))
+
+    def plan_a_step(self, name: str) -> Plan:
+        """Rows hold the longest document, and a step about as many tokens for all.  What looking up embeddings takes is
+        not counted."""
+        data = self.out / "data" / CONTENDERS[name].data
+        shards = [shard for key, shard in read_json(data / "report.json")["shards"].items() if key.startswith("train")]
+        longest = max(shard["longest"] for shard in shards)
+        context = max(LEAST_ROW, -(-longest // ROW) * ROW)
+        batch, tokenizer = max(1, round(self.config.tokens / context)), load_tokenizer(data)
+        config, _ = parse_training(["--config", self.config.config, *CONTENDERS[name].train.split(), *self.extra])
+        micro = max(number for number in range(1, min(batch, config.micro) + 1) if batch % number == 0)
+        sizes = tokenizer.grammar.sizes if config.syntax else ()
+        config = replace(config, vocab=tokenizer.vocab, positions=sizes, context=context)
+        computing = count(config)[0] - config.dim * (config.vocab + sum(sizes))
+        length = sum(shard["tokens"] for shard in shards) / sum(shard["documents"] for shard in shards)
+        return Plan(data, context, batch, micro, 1, length, flops_of(config, computing))
+
+    def steps(self, name: str, setting: str) -> list[Step]:
+        """All that is done for one trained model, in order."""
+        plan, run, samples = self.plan(name, setting), self.run_of(name, setting), self.samples_of(name, setting)
+        flags = shlex.join([*CONTENDERS[name].train.split(), *self.extra])
+        train = f"train.py --config {self.config.config} --data {plan.data} --out {run} --context {plan.context} "
+        train += f"--batch {plan.batch} --micro {plan.micro} --steps {plan.steps} {flags}"
+        steps = [Step(run / f"step_{plan.steps:08d}", train, plan.flops)]
+        write, pictures = plan.cost / 3 * plan.length, self.config.count  # FLOPs of a picture
+        codec, side = load_tokenizer(plan.data).codec, CONTENDERS[name].side or self.config.size
+        last = f"{pictures - 1:05d}{codec.suffix}"
+        for to, how in self.draws():
+            sample = f"sample.py {run} --count {pictures} --to {samples / to} {how}"
+            steps.append(Step(samples / to / last, sample, write * pictures))
+            if to != "free":
+                steps += self.look(samples / to, side, self.features(f"{name}-{setting}", to))
+        for kind, seed, keep in self.completions():
+            to = samples / f"{kind}-{seed}"
+            kept = [f"{codec.kept(each):g}" for each in keep]
+            sample = f"sample.py {run} --prompt {self.test(kind)} --keep {' '.join(kept)} --seed {seed} --to {to}"
+            steps.append(
+                Step(to / f"keep_{kept[-1]}" / last, sample, write * pictures * sum(1 - each for each in keep))
+            )
+            for ratio, each in zip(keep, kept, strict=True):
+                features = self.features(f"{name}-{setting}", f"{kind}-{seed}-{ratio}")
+                steps += self.look(to / f"keep_{each}", side, features)
+            steps += self.look(to / "roundtrip", side, self.features(CONTENDERS[name].data, kind))
+        return steps
+
+    def draws(self) -> Iterator[tuple[str, str]]:
+        """The folders of free samples, and how they are drawn; those without the grammar show what it is worth."""
+        for seed in range(self.config.seeds):
+            yield f"seed-{seed}", f"--seed {seed}"
+        for top_p in TOP_P:
+            yield f"top-p-{top_p:g}", f"--top-p {top_p:g}"
+        yield "free", "--free"
+
+    @cached_property
+    def keep(self) -> list[float]:
+        """Those shares of a picture that all codecs can keep, which is done in rows.  Errors: UserError."""
+        folders = {self.out / "data" / CONTENDERS[name].data for name in self.codecs}
+        parts = [load_tokenizer(folder).codec.parts for folder in folders]
+        keep = [each for each in KEEP if all((each * rows).is_integer() for rows in parts)]
+        if HALF not in keep:
+            raise UserError(f"--size is {self.config.size}: choose one that is a multiple of 32")
+        return keep
+
+    def completions(self) -> Iterator[tuple[str, int, list[float]]]:
+        """Which pictures are completed, with which seed, from how much of them."""
+        for seed in range(self.config.seeds):
+            yield "whole", seed, self.keep
+        if self.config.small:
+            yield "small", 0, [HALF]
+
+    def look(self, folder: Path, side: int, features: Path) -> list[Step]:
+        """To the statistics of a folder of pictures, enlarged to the size of all others where they are smaller."""
+        steps, large = [], folder.with_name(f"{folder.name}-large")
+        if side != self.config.size:
+            steps, folder = [Step(large, partial(enlarge, folder, large, self.config.size), 1e11)], large
+        look = f"fid.py {folder} --save {features} --dims {DIMS} --weights {self.weights}"
+        return [*steps, Step(features, look, LOOK * self.config.count)]
+
+    def run_of(self, name: str, setting: str) -> Path:
+        return self.out / "runs" / f"{name}-{setting}"
+
+    def samples_of(self, name: str, setting: str) -> Path:
+        return self.out / "samples" / f"{name}-{setting}"
+
+    def features(self, *names: str) -> Path:
+        """Of the samples of a model; of the round trip of a codec; of the test pictures."""
+        return self.out / "features" / f"{'-'.join(names)}.npz"
+
+    # doing them
+
+    @property
+    def cores(self) -> int:
+        """Of each codec that is at work."""
+        return max(1, cores() // self.config.jobs)
+
+    def work(self, chains: list[list[Step]], title: str) -> None:
+        """Do chains of steps, `jobs` of them at once.  Errors: UserError; Stopped, when the user has had enough."""
+        total = sum(step.flops for steps in chains for step in steps) / 1e12
+        with tqdm(None, title, total, unit=" TFLOP", disable=None, smoothing=0) as bar, Stop() as stop:
+            self.bar = bar
+            with ThreadPoolExecutor(self.config.jobs) as pool:
+                waiting = [pool.submit(self.chain, steps) for steps in chains]
+                while waiting:
+                    done, waiting = wait(waiting, 0.5)
+                    if stop.asked < math.inf or any(each.exception() for each in done):
+                        self.stop.set()
+                    errors = [error for each in done if (error := each.exception())]
+                    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+                        wait(waiting)
+                        raise error
+
+    def chain(self, steps: list[Step]) -> None:
+        for step in steps:
+            if self.stop.is_set():
+                raise Stopped
+            name = step.made.relative_to(self.out).as_posix()
+            self.bar.set_postfix_str(name)
+            if not step.made.exists():
+                step.made.parent.mkdir(parents=True, exist_ok=True)
+                begun = time.perf_counter()
+                try:
+                    step.run() if callable(step.run) else self.command(step, name)
+                finally:
+                    self.add_time(name, time.perf_counter() - begun)
+            self.bar.update(step.flops / 1e12)
+
+    def add_time(self, name: str, seconds: float) -> None:
+        """Note how long a step has taken, in all its runs."""
+        path = self.out / "times.json"
+        with self.lock:
+            times = read_json(path) if path.exists() else {}
+            write_json(path, times | {name: round(times.get(name, 0) + seconds, 1)})
+
+    def command(self, step: Step, name: str) -> None:
+        """Run a command until it ends, or until all must.  Errors: UserError, with the last line of what it said."""
+        log = self.out / "logs" / f"{name.replace('/', '_')}.txt"
+        log.parent.mkdir(exist_ok=True)
+        with self.lock, open(self.out / "commands.txt", "a") as file:
+            file.write(f"python {step.run}\n")
+        threads = os.environ | {"OMP_NUM_THREADS": str(self.cores)}
+        with open(log, "ab") as file:
+            child = subprocess.Popen([sys.executable, *shlex.split(step.run)], stdout=file, stderr=file, env=threads)
+            while child.poll() is None:
+                if self.stop.wait(0.2):
+                    child.terminate()
+                    child.wait()
+                    raise Stopped
+        if child.returncode or not step.made.exists():
+            lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
+            said = next((line for line in reversed(lines) if line.strip()), "nothing")
+            raise UserError(
+                f"`python {step.run}` ended with {child.returncode} ({said}): see {log}, mend it, and go on"
+            )
+
+
+def settings_of(name: str) -> list[str]:
+    """JPEG gives the measure in both."""
+    return ["flops"] if CONTENDERS[name].data == CONTENDERS[REFERENCE].data else [*SETTINGS]
+
+
+def shrunk(pixels: np.ndarray) -> np.ndarray:
+    """A picture of half the size in the middle of black."""
+    height, width, _ = pixels.shape
+    sheet = Image.new("RGB", (width, height))
+    sheet.paste(
+        Image.fromarray(pixels).resize((width // 2, height // 2), Image.Resampling.BICUBIC), (width // 4, height // 4)
+    )
+    return np.asarray(sheet)
+
+
+def enlarge(folder: Path, to: Path, size: int) -> None:
+    """The numbered pictures of a folder, bicubically enlarged, as the paper's ImageGPT needs them."""
+    part = to.with_name(f"{to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for path in numbered(folder):
+        save_pixels(part / path.stem, opened(path, size))
+    part.rename(to)
+
+
+def numbered(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.stem.isdecimal())
+
+
+def opened(path: Path, size: int) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def long_tail(source: Path, to: Path, share: float) -> Path:
+    """Links to some pictures of each class: all of the most frequent, `share` of them of the rarest, and between the
+    two as a geometric series; which class is how frequent is drawn.  Errors: UserError."""
+    classes = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(classes) < 3:
+        raise UserError(
+            f"{source} has {len(classes)} folders, and --tail needs one for each class of pictures, 3 at least"
+        )
+    order, part = np.random.default_rng(0).permutation(len(classes)), to.with_name(f"{to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    for place, number in enumerate(order.tolist()):
+        files = sorted(path for path in classes[number].rglob("*") if path.is_file())
+        wanted = max(1, round(len(files) * share ** (place / (len(classes) - 1))))
+        (part / classes[number].name).mkdir(parents=True)
+        for i in range(wanted):
+            path = files[i * len(files) // wanted]
+            (part / classes[number].name / f"{i:05d}{path.suffix}").symlink_to(path.resolve())
+    shutil.rmtree(to, ignore_errors=True)
+    part.rename(to)
+    return to

@@ -1,0 +1,265 @@
+"""What studies.compare promises: the same for each codec, whatever interrupts it, and measures that equal their closed
+forms."""
+
+import json
+import math
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import pearsonr
+from tqdm import tqdm
+
+import fid
+import sample
+import train
+from data import prepare, vq
+from data.shapes import draw
+from plumbing.command import UserError
+from plumbing.files import read_json
+from studies import compare, contest
+from studies.contest import CONTENDERS, KEEP, Comparison, Contender, Plan, Step, Stopped, Study, long_tail, shrunk
+from tests.benchmark import random_state
+
+MAIN = {
+    "data.vq": vq.main,
+    "data.prepare": prepare.main,
+    "train.py": train.main,
+    "sample.py": sample.main,
+    "fid.py": fid.main,
+}
+WORK, COMMAND = Study.work, Study.command
+CODECS = ["jpeg", "vq8", "pixels8"]
+FLAGS = "--size 32 --config tiny --steps 3 --tokens 256 --vq-steps 3 --count 8".split()  # noqa: SIM905
+TRAIN = "-- --dim 32 --layers 1 --heads 1 --kv-heads 1 --hidden 32 --samples 1".split()  # noqa: SIM905
+
+
+def here(study: Study, step: Step, name: str) -> None:
+    """Run a command in this process, which spares the start of another."""
+    word, *arguments = shlex.split(step.run)
+    word, *arguments = [word, *arguments] if word != "-m" else arguments
+    with open(study.out / "commands.txt", "a") as file:
+        file.write(f"{step.run}\n")
+    MAIN[word](arguments)
+    assert step.made.exists(), step
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """20 drawings to learn from and 4 to compare with, of each of three classes."""
+    folder = tmp_path_factory.mktemp("drawings")
+    for split, count in (("train", 20), ("test", 4)):
+        for i in range(3 * count):
+            path = folder / split / "abc"[i % 3] / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw(i, 32, seed=len(split))).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(random_state(64), path)
+    return path
+
+
+def in_turn(study: Study, chains: list[list[Step]], title: str) -> None:
+    study.bar = tqdm(disable=True)
+    for steps in chains:
+        study.chain(steps)
+
+
+@pytest.fixture(scope="module")
+def quick(module_patch) -> None:
+    module_patch.setattr(Study, "command", here)
+    module_patch.setattr(Study, "work", in_turn)
+    for module in (contest, compare):
+        module_patch.setattr(module, "DIMS", 64)
+    module_patch.setitem(CONTENDERS, "pixels8", Contender("pixels, 8x8", "pixels8", "--codec pixels", side=8))
+
+
+@pytest.fixture(scope="module")
+def module_patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def compared(quick, data, weights, tmp_path_factory) -> Path:
+    """A comparison of three codecs that was stopped after its ninth command, and went on."""
+    out, count = tmp_path_factory.mktemp("compare") / "out", 0
+
+    def stopping(study: Study, step: Step, name: str) -> None:
+        nonlocal count
+        count += 1
+        if count == 10:
+            study.stop.set()
+            raise Stopped
+        here(study, step, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Study, "command", stopping)
+        compare.main(arguments(out, data, weights))
+    assert not (out / "table.json").exists()
+    compare.main(arguments(out, data, weights))
+    return out
+
+
+def arguments(out: Path, data: Path, weights: Path, *more: str, train: list[str] = TRAIN) -> list[str]:
+    given = ["--data", str(data), "--weights", str(weights), "--codecs", *CODECS, "--small", *FLAGS, *more]
+    return [str(out), *given, *train]
+
+
+def test_a_comparison_that_was_stopped_goes_on_and_does_nothing_twice(compared):
+    commands = (compared / "commands.txt").read_text().splitlines()
+    assert len(commands) == len(set(commands)) > 30
+
+
+def test_each_codec_has_a_row_for_each_setting_and_reference_one_for_both(compared):
+    rows = read_json(compared / "table.json")["rows"]
+    assert [(row["codec"], row["setting"]) for row in rows] == [
+        ("jpeg", "flops"),
+        ("vq8", "flops"),
+        ("vq8", "pictures"),
+        ("pixels8", "flops"),
+        ("pixels8", "pictures"),
+    ]
+    jpeg, *others = rows
+    for row in others:  # steps are whole, and here few
+        of_a_step = row["cost"] * row["batch"] * row["context"]
+        if row["setting"] == "flops":
+            assert abs(row["flops"] - jpeg["flops"]) <= of_a_step / 2
+        else:
+            assert abs(row["pictures"] - jpeg["pictures"]) <= row["batch"] * row["context"] / row["length"] / 2 + 1
+    assert {row["codec"]: round(row["length"]) for row in others} == {"vq8": 16 + 2, "pixels8": 64 + 2}
+    assert {row["codec"]: round(row["file_bits"]) for row in others} == {"vq8": 16 * 12, "pixels8": 64 * 9}
+
+
+def test_rows_hold_what_fid_py_says_of_the_folders(compared, weights, capsys):
+    row = read_json(compared / "table.json")["rows"][0]
+    folder = compared / "samples" / "jpeg-flops" / "whole-0"
+    capsys.readouterr()
+    fid.main([str(folder), "--dims", "64", "--weights", str(weights), "--json"])
+    (found,) = json.loads(capsys.readouterr().out)["completions"]  # at 32 pixels JPEG has two rows of MCUs
+    assert found["count"] == 8 and found["keep"] == "0.5"
+    network = fid.load(weights, 64)
+    sets = [fid.extract(fid.Images(path), network)[0] for path in (folder / "keep_0.5", compared / "test" / "whole")]
+    assert row["originals"]["0.5"] == [pytest.approx(1000 * fid.kernel_distance(*sets)[0])]
+    assert read_json(compared / "table.json")["measure"] == "KID x 1000"
+    assert "fewer than 64 features: KID x 1000 instead of FID" in (compared / "table.md").read_text()
+
+
+def test_all_pictures_are_compared_at_one_size(compared):
+    folders = [path for path in (compared / "samples").rglob("*-large")]
+    assert len(folders) == 2 * (3 + 1 + 1 + 1 + 1)
+    for path in (file for folder in folders for file in folder.iterdir()):
+        small = Image.open(path.parent.with_name(path.parent.name.removesuffix("-large")) / path.name)
+        assert small.size == (8, 8)
+        assert np.array_equal(
+            np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)), np.asarray(Image.open(path))
+        )
+
+
+def test_the_grid_has_a_row_for_each_model_and_one_for_the_originals(compared):
+    grid = Image.open(compared / "grid.png")
+    assert grid.height == 6 * (64 + 6)
+    assert np.asarray(grid).std() > 10
+
+
+def test_more_seeds_go_on_from_there_and_another_setting_is_refused(compared, data, weights, quick):
+    compare.main(arguments(compared, data, weights, "--codecs", "jpeg", "--seeds", "2"))
+    row = read_json(compared / "table.json")["rows"][0]
+    assert len(row["free"]) == len(row["originals"]["0.5"]) == 2 and row["free"][0] != row["free"][1]
+    assert "±" in (compared / "table.md").read_text()
+    with pytest.raises(UserError, match="steps: 3, now 4"):
+        compare.main(arguments(compared, data, weights, "--steps", "4"))
+    with pytest.raises(UserError, match="train:"):
+        compare.main(arguments(compared, data, weights, train=[*TRAIN, "--lr", "0.1"]))
+
+
+def test_a_long_tail_is_compared_class_by_class(quick, data, weights, tmp_path):
+    compare.main(arguments(tmp_path / "out", data, weights, "--codecs", "jpeg", "vq8", "--tail", "0.1"))
+    tail = read_json(tmp_path / "out" / "table.json")["tail"]
+    assert sorted(each["pictures"] for each in tail["classes"].values()) == [2, 6, 20]
+    rarity = [-math.log(each["pictures"]) for each in tail["classes"].values()]
+    gap = [each["jpeg"] - each["vq8"] for each in tail["classes"].values()]
+    assert tail["correlations"]["vq8"]["r"] == pytest.approx(np.corrcoef(rarity, gap)[0, 1])
+    assert tail["correlations"]["vq8"]["p"] == pytest.approx(pearsonr(rarity, gap).pvalue)
+
+
+def test_kinds_of_pictures_are_compared_one_by_one(quick, data, weights, tmp_path):
+    (tmp_path / "others").symlink_to(data)
+    compare.main(
+        arguments(tmp_path / "out", data, weights, "--data", str(data), str(tmp_path / "others"), "--codecs", "jpeg")
+    )
+    rows = read_json(tmp_path / "out" / "kinds.json")["rows"]
+    assert [row["pictures"] for row in rows] == [data.name, "others"]
+    assert (
+        rows[0]["model_bits"] == rows[1]["model_bits"]
+        and rows[0]["share"] == rows[0]["model_bits"] / rows[0]["file_bits"]
+    )
+
+
+def test_a_long_tail_is_a_geometric_series_of_links(data, tmp_path):
+    found = long_tail(data / "train", tmp_path / "tail", 0.05)
+    counts = sorted(len([*folder.iterdir()]) for folder in found.iterdir())
+    assert counts == [1, round(20 * 0.05**0.5), 20]
+    assert all(path.resolve().is_relative_to(data.resolve()) for path in found.rglob("*.png"))
+
+
+def test_a_long_tail_without_classes_is_refused(data, tmp_path):
+    with pytest.raises(UserError, match="has 0 folders, and --tail needs one for each class"):
+        long_tail(data / "train" / "a", tmp_path / "tail", 0.05)
+
+
+def test_small_things_lie_in_the_middle_of_black():
+    small = shrunk(np.full((32, 32, 3), 200, np.uint8))
+    assert (small[8:24, 8:24] == 200).all() and small.sum() == 16 * 16 * 3 * 200
+
+
+def test_a_reduction_is_the_mean_of_those_at_each_ratio():
+    rows = [
+        {
+            "codec": name,
+            "setting": "pictures",
+            "originals": {keep: [value] for keep, value in zip(KEEP, values, strict=True)},
+        }
+        for name, values in (("jpeg", (6, 3, 1)), ("vq8", (12, 4, 1)))
+    ]
+    assert compare.reductions(rows, KEEP) == {"vq8, as many pictures": pytest.approx((0.5 + 0.25 + 0) / 3)}
+
+
+def test_a_plan_counts_flops_and_pictures():
+    plan = Plan(Path(), context=256, batch=8, micro=4, steps=10, length=64.0, cost=1000)
+    assert plan.flops == 10 * 8 * 256 * 1000 and plan.pictures == 10 * 8 * 256 / 64
+
+
+def test_a_command_that_fails_is_named_with_its_last_words(tmp_path, data, weights, monkeypatch):
+    monkeypatch.setattr(Study, "work", WORK)
+    monkeypatch.setattr(Study, "command", COMMAND)
+    study = Study(tmp_path, data, Comparison(), ["jpeg"], [], weights)
+    step = Step(tmp_path / "x", "train.py --lr nan", 1.0)
+    with pytest.raises(UserError, match=r"`python train.py --lr nan` ended with 2 \(error: --lr is nan"):
+        study.work([[step]], "try")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--tail", "1"], "--tail is 1.0: choose a share below 1"),
+        (["--count", "1000", "--size", "32"], "has 12 usable pictures of 32 pixels, not --count 1000: lower it"),
+        (["--codecs", "gif"], "invalid choice: 'gif'"),
+        (["--seeds", "0"], "--seeds is 0: choose 1 or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(given, said, data, weights, tmp_path):
+    with pytest.raises(UserError, match=said):
+        compare.main([str(tmp_path), "--data", str(data), "--weights", str(weights), *given])
+
+
+def test_a_folder_without_train_and_test_is_refused(data, weights, tmp_path):
+    with pytest.raises(UserError, match="is not a folder: --data holds `train` and `test`"):
+        compare.main([str(tmp_path), "--data", str(data / "train"), "--weights", str(weights)])
