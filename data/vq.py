@@ -7,9 +7,9 @@
 
 Convolutions shrink a picture of H x W pixels to a grid of vectors, each is replaced by the nearest of some learned
 ones, whose number is the symbol, and convolutions draw the picture from them again.  All is trained end to end on
-squared error: van den Oord et al. 2017, VQ-VAE (arXiv:1711.00937).  Codes have unit length and few dimensions, as in Yu
-et al. 2021, ViT-VQGAN (arXiv:2110.04627, section 3.2), and those that nobody uses are moved, as in Dhariwal et al. 2020,
-Jukebox (arXiv:2005.00341, section 3.1).  The paper names neither the layers of its VQ nor its training.
+squared error: van den Oord et al. 2017, VQ-VAE (arXiv:1711.00937).  Codes have unit length and few dimensions, as in
+Yu et al. 2021, ViT-VQGAN (arXiv:2110.04627, section 3.2), and those that nobody uses are moved, as in Dhariwal et al.
+2020, Jukebox (arXiv:2005.00341, section 3.1).  The paper names neither the layers of its VQ nor its training.
 
 The same command continues an interrupted training, with the same numbers.
 
@@ -350,23 +350,23 @@ def learning_rate(step: int, config: Learning) -> float:
     return config.lr * min((step + 1) / max(1, config.warmup), 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
 
 
-def decibels(error: float) -> float:
-    """PSNR of a mean squared error over -1..1; of none at all it would be infinite."""
-    return 10 * math.log10(4 / max(error, 1e-12))
+def decibels(error: Tensor) -> float:
+    """The mean PSNR of mean squared errors (n,) over -1..1; none counts as more than that of an eighth of a level."""
+    return (10 * torch.log10(4 / error.clamp(min=1e-6))).mean().item()
 
 
 @torch.no_grad()
 def evaluate(network: Network, pictures: np.ndarray) -> dict[str, float]:
-    """PSNR in dB of pictures as they come back, of the mean error over all; how many codes they use; and the number of
-    codes, were all equally frequent, that would be as hard to guess."""
-    device, error, uses = network.codebook.use.device, 0.0, torch.zeros(network.config.codes)
+    """PSNR in dB of pictures as they come back, its mean over all; how many codes they use; and the number of codes,
+    were all equally frequent, that would be as hard to guess."""
+    device, errors, uses = network.codebook.use.device, [], torch.zeros(network.config.codes)
     for some in torch.from_numpy(pictures).split(50):
         codes, x = network.encode(some.to(device)), to_input(some)
-        error += (to_input(network.decode(codes).cpu()) - x).square().sum().item()
+        errors.append((to_input(network.decode(codes).cpu()) - x).square().mean((1, 2, 3)))
         uses += torch.bincount(codes.flatten().cpu(), minlength=len(uses))
     share = uses[uses > 0] / uses.sum()
     perplexity = math.exp(-(share * share.log()).sum().item())
-    return {"psnr": decibels(error / pictures.size), "used": int((uses > 0).sum()), "perplexity": round(perplexity, 1)}
+    return {"psnr": decibels(torch.cat(errors)), "used": int((uses > 0).sum()), "perplexity": round(perplexity, 1)}
 
 
 class State:
@@ -416,7 +416,7 @@ class State:
         self.optimizer.load_state_dict({"state": memory, "param_groups": groups})
 
     def advance(self, pixels: Tensor) -> Tensor:
-        """Take a step on pictures (B, H, W, 3), and give the mean squared error."""
+        """Take a step on pictures (B, H, W, 3), and give the mean squared error of each (B,)."""
         device, config = self.network.codebook.use.device, self.config
         torch.manual_seed((config.seed << 32) + self.step)  # of the codes that are moved
         for group in self.optimizer.param_groups:
@@ -424,17 +424,17 @@ class State:
         x, kind = to_input(pixels.to(device)), precision(device)
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
             y, loss = self.network(x)
-        error = F.mse_loss(y, x)
+        errors = (y - x).square().mean((1, 2, 3))
         self.optimizer.zero_grad(set_to_none=True)
-        (error + loss).backward()
+        (errors.mean() + loss).backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0, error_if_nonfinite=True)
         self.optimizer.step()
         self.step += 1
-        return error.detach()
+        return errors.detach()
 
 
 def pictures_of(source: Path, config: Learning) -> tuple[np.ndarray, np.ndarray, str]:
-    """Pictures (N, H, W, 3) to learn from and to validate with, and a digest of the names of all.  Errors: UserError."""
+    """Pictures (N, H, W, 3) to learn from and to validate with, and a digest of all names.  Errors: UserError."""
     items = [*find_items(source)]
     listing = hashlib.sha256("\0".join(item.name for item in items).encode()).hexdigest()[:16]
     bar = tqdm(items[:: -(-len(items) // MOST) or 1], "read", unit=" files", disable=None)
@@ -479,7 +479,7 @@ def learn(source: Path, out: Path, config: Learning) -> None:
             if state.step % config.every == 0 or state.step == config.steps:
                 state.seconds = before + time.perf_counter() - started
                 state.write()
-                now, training = evaluate(network, held), decibels(torch.stack(errors).mean().item())
+                now, training = evaluate(network, held), decibels(torch.cat(errors))
                 errors = []
                 left = state.seconds / state.step * (config.steps - state.step)
                 bar.write(LINE.format(step=state.step, training=training, codes=config.codes, left=left, **now))

@@ -36,17 +36,18 @@ from plumbing.weights import model_config
 from studies.contest import (
     CONTENDERS,
     DIMS,
+    FREE_COUNT,
     HALF,
     REFERENCE,
     SETTINGS,
     TOP_P,
     Comparison,
-    Stopped,
     Study,
     numbered,
     opened,
     settings_of,
 )
+from studies.steps import Stopped
 from train import parse as parse_training
 
 # --- the tables -----------------------------------------------------------------------------------------------------
@@ -100,9 +101,7 @@ def row_of(study: Study, name: str, setting: str) -> dict:
     }
     row |= {"training_seconds": plan.steps * plan.batch * plan.context / speed}
     row |= {"sampling_seconds": times.get(f"{key}/seed-0/{study.config.count - 1:05d}{tokenizer.codec.suffix}")}
-    row |= {
-        "valid_without_grammar": 1 - (len(wrong.read_text().splitlines()) if wrong.exists() else 0) / study.config.count
-    }
+    row |= {"valid_without_grammar": 1 - (len(wrong.read_text().splitlines()) if wrong.exists() else 0) / FREE_COUNT}
     row |= {"floor": distance(study, study.features(contender.data, "whole"), originals)}
     row |= {"free": free, "top_p": top_p, "best_top_p": min(top_p, key=top_p.get)}
     for against, other in (("originals", originals), ("roundtrip", study.features(contender.data, "whole"))):

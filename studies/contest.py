@@ -1,35 +1,24 @@
-"""Codecs side by side: what is compared, the steps that takes, and doing them.
+"""Codecs side by side: what is compared, and the steps that takes."""
 
-Each step is a command of this project, as one would type it, and is done if what it makes is there.
-"""
-
-import math
-import os
 import shlex
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from threading import Event, Lock
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from codec import load_tokenizer
-from data.prepare import cores, usable
+from data.prepare import usable
 from data.sources import find_items
 from data.vq import Frame
 from plumbing.command import UserError, differences
 from plumbing.draw import save_pixels
 from plumbing.files import read_json, write_json
 from plumbing.plan import count, flops_of
-from plumbing.run import Stop
+from studies.steps import Step, Work
 from train import parse as parse_training
 
 DIMS = 768  # features of the FID network; with fewer pictures KID is measured instead
@@ -38,6 +27,8 @@ HALF = 0.5
 TOP_P = (0.9, 0.95)  # tried beside 1
 ROW = 64  # contexts are multiples of it
 LEAST_ROW = 256  # tokens: of short documents, several to a row
+AT_ONCE = 256  # pictures that are sampled at once
+FREE_COUNT = 64  # that are written without the grammar, to see how many are valid
 LOOK = 1e10  # FLOPs of the FID network for a picture, for the progress bar
 
 # --- what is compared -----------------------------------------------------------------------------------------------
@@ -91,19 +82,6 @@ class Comparison:
 FREE = {"seeds", "small", "jobs", "codecs"}  # may grow or change in the same OUT
 
 
-@dataclass
-class Step:
-    """A command, which is done if `made` is there."""
-
-    made: Path
-    run: str | Callable[[], None]
-    flops: float  # about, for the progress bar
-
-
-class Stopped(Exception):
-    """Another codec failed, or the user has had enough."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """How one model is trained."""
@@ -138,8 +116,10 @@ class Study:
     codecs: list[str]  # names of contenders
     extra: list[str]  # flags of train.py
     weights: Path  # of the FID network
-    stop: Event = field(default_factory=Event)
-    lock: Lock = field(default_factory=Lock)
+
+    @cached_property
+    def work(self) -> Work:
+        return Work(self.out, self.config.jobs)
 
     def go(self) -> None:
         """Do what is not done yet.  Errors: UserError; Stopped, when the user has had enough."""
@@ -147,13 +127,13 @@ class Study:
         self.references()
         names = [*dict.fromkeys([REFERENCE, *self.codecs])]
         chains = {CONTENDERS[name].data: self.preparation(name) for name in names}
-        self.work([*chains.values()], "prepare")
+        self.work.do([*chains.values()], "prepare")
         common = [
             step for kind in self.kinds for step in self.look(self.test(kind), self.config.size, self.features(kind))
         ]
-        self.work([common], "look")
+        self.work.do([common], "look")
         chains = [self.steps(name, setting) for name in self.codecs for setting in settings_of(name)]
-        self.work(sorted(chains, key=lambda steps: -sum(step.flops for step in steps)), "compare")
+        self.work.do(sorted(chains, key=lambda steps: -sum(step.flops for step in steps)), "compare")
 
     def open(self) -> None:
         """Errors: UserError, where OUT holds another comparison."""
@@ -210,7 +190,9 @@ class Study:
         if contender.vq:
             learn = f"-m data.vq {self.source} {network} {contender.vq} {shape} {views} --steps {self.config.vq_steps}"
             steps, shape = [Step(network / "report.json", learn, 1e10 * self.config.vq_steps)], f"--network {network}"
-        prepare = f"-m data.prepare {self.source} {folder} {contender.prepare} {shape} {views} --workers {self.cores}"
+        prepare = (
+            f"-m data.prepare {self.source} {folder} {contender.prepare} {shape} {views} --workers {self.work.cores}"
+        )
         return [*steps, Step(folder / "report.json", prepare, 1e13)]
 
     def plan(self, name: str, setting: str) -> Plan:
@@ -245,31 +227,29 @@ class Study:
         write, pictures = plan.cost / 3 * plan.length, self.config.count  # FLOPs of a picture
         codec, side = load_tokenizer(plan.data).codec, CONTENDERS[name].side or self.config.size
         last = f"{pictures - 1:05d}{codec.suffix}"
+        free = f"sample.py {run} --free --count {FREE_COUNT} --to {samples / 'free'}"
+        steps.append(Step(samples / "free" / f"{FREE_COUNT - 1:05d}{codec.suffix}", free, write * FREE_COUNT))
         for to, how in self.draws():
-            sample = f"sample.py {run} --count {pictures} --to {samples / to} {how}"
+            sample = f"sample.py {run} --count {pictures} --batch {AT_ONCE} --to {samples / to} {how}"
             steps.append(Step(samples / to / last, sample, write * pictures))
-            if to != "free":
-                steps += self.look(samples / to, side, self.features(f"{name}-{setting}", to))
+            steps += self.look(samples / to, side, self.features(f"{name}-{setting}", to))
         for kind, seed, keep in self.completions():
             to = samples / f"{kind}-{seed}"
-            kept = [f"{codec.kept(each):g}" for each in keep]
-            sample = f"sample.py {run} --prompt {self.test(kind)} --keep {' '.join(kept)} --seed {seed} --to {to}"
-            steps.append(
-                Step(to / f"keep_{kept[-1]}" / last, sample, write * pictures * sum(1 - each for each in keep))
-            )
-            for ratio, each in zip(keep, kept, strict=True):
-                features = self.features(f"{name}-{setting}", f"{kind}-{seed}-{ratio}")
+            sample = f"sample.py {run} --prompt {self.test(kind)} --keep {' '.join(map(str, keep))} --seed {seed}"
+            made, share = to / f"keep_{keep[-1]}" / last, sum(1 - each for each in keep)
+            steps.append(Step(made, f"{sample} --batch {AT_ONCE} --to {to}", write * pictures * share))
+            for each in keep:
+                features = self.features(f"{name}-{setting}", f"{kind}-{seed}-{each}")
                 steps += self.look(to / f"keep_{each}", side, features)
             steps += self.look(to / "roundtrip", side, self.features(CONTENDERS[name].data, kind))
         return steps
 
     def draws(self) -> Iterator[tuple[str, str]]:
-        """The folders of free samples, and how they are drawn; those without the grammar show what it is worth."""
+        """The folders of free samples, and how they are drawn."""
         for seed in range(self.config.seeds):
             yield f"seed-{seed}", f"--seed {seed}"
         for top_p in TOP_P:
             yield f"top-p-{top_p:g}", f"--top-p {top_p:g}"
-        yield "free", "--free"
 
     @cached_property
     def keep(self) -> list[float]:
@@ -305,72 +285,6 @@ class Study:
     def features(self, *names: str) -> Path:
         """Of the samples of a model; of the round trip of a codec; of the test pictures."""
         return self.out / "features" / f"{'-'.join(names)}.npz"
-
-    # doing them
-
-    @property
-    def cores(self) -> int:
-        """Of each codec that is at work."""
-        return max(1, cores() // self.config.jobs)
-
-    def work(self, chains: list[list[Step]], title: str) -> None:
-        """Do chains of steps, `jobs` of them at once.  Errors: UserError; Stopped, when the user has had enough."""
-        total = sum(step.flops for steps in chains for step in steps) / 1e12
-        with tqdm(None, title, total, unit=" TFLOP", disable=None, smoothing=0) as bar, Stop() as stop:
-            self.bar = bar
-            with ThreadPoolExecutor(self.config.jobs) as pool:
-                waiting = [pool.submit(self.chain, steps) for steps in chains]
-                while waiting:
-                    done, waiting = wait(waiting, 0.5)
-                    if stop.asked < math.inf or any(each.exception() for each in done):
-                        self.stop.set()
-                    errors = [error for each in done if (error := each.exception())]
-                    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
-                        wait(waiting)
-                        raise error
-
-    def chain(self, steps: list[Step]) -> None:
-        for step in steps:
-            if self.stop.is_set():
-                raise Stopped
-            name = step.made.relative_to(self.out).as_posix()
-            self.bar.set_postfix_str(name)
-            if not step.made.exists():
-                step.made.parent.mkdir(parents=True, exist_ok=True)
-                begun = time.perf_counter()
-                try:
-                    step.run() if callable(step.run) else self.command(step, name)
-                finally:
-                    self.add_time(name, time.perf_counter() - begun)
-            self.bar.update(step.flops / 1e12)
-
-    def add_time(self, name: str, seconds: float) -> None:
-        """Note how long a step has taken, in all its runs."""
-        path = self.out / "times.json"
-        with self.lock:
-            times = read_json(path) if path.exists() else {}
-            write_json(path, times | {name: round(times.get(name, 0) + seconds, 1)})
-
-    def command(self, step: Step, name: str) -> None:
-        """Run a command until it ends, or until all must.  Errors: UserError, with the last line of what it said."""
-        log = self.out / "logs" / f"{name.replace('/', '_')}.txt"
-        log.parent.mkdir(exist_ok=True)
-        with self.lock, open(self.out / "commands.txt", "a") as file:
-            file.write(f"python {step.run}\n")
-        threads = os.environ | {"OMP_NUM_THREADS": str(self.cores)}
-        with open(log, "ab") as file:
-            child = subprocess.Popen([sys.executable, *shlex.split(step.run)], stdout=file, stderr=file, env=threads)
-            while child.poll() is None:
-                if self.stop.wait(0.2):
-                    child.terminate()
-                    child.wait()
-                    raise Stopped
-        if child.returncode or not step.made.exists():
-            lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
-            said = next((line for line in reversed(lines) if line.strip()), "nothing")
-            raise UserError(
-                f"`python {step.run}` ended with {child.returncode} ({said}): see {log}, mend it, and go on"
-            )
 
 
 def settings_of(name: str) -> list[str]:

@@ -3,15 +3,18 @@ forms."""
 
 import json
 import math
+import os
 import shlex
+import signal
+import time
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.stats import pearsonr
-from tqdm import tqdm
 
 import fid
 import sample
@@ -21,7 +24,8 @@ from data.shapes import draw
 from plumbing.command import UserError
 from plumbing.files import read_json
 from studies import compare, contest
-from studies.contest import CONTENDERS, KEEP, Comparison, Contender, Plan, Step, Stopped, Study, long_tail, shrunk
+from studies.contest import CONTENDERS, KEEP, Contender, Plan, long_tail, shrunk
+from studies.steps import Step, Stopped, Work
 from tests.benchmark import random_state
 
 MAIN = {
@@ -31,17 +35,17 @@ MAIN = {
     "sample.py": sample.main,
     "fid.py": fid.main,
 }
-WORK, COMMAND = Study.work, Study.command
+DO, COMMAND = Work.do, Work.command
 CODECS = ["jpeg", "vq8", "pixels8"]
 FLAGS = "--size 32 --config tiny --steps 3 --tokens 256 --vq-steps 3 --count 8".split()  # noqa: SIM905
 TRAIN = "-- --dim 32 --layers 1 --heads 1 --kv-heads 1 --hidden 32 --samples 1".split()  # noqa: SIM905
 
 
-def here(study: Study, step: Step, name: str) -> None:
+def here(work: Work, step: Step, name: str) -> None:
     """Run a command in this process, which spares the start of another."""
     word, *arguments = shlex.split(step.run)
     word, *arguments = [word, *arguments] if word != "-m" else arguments
-    with open(study.out / "commands.txt", "a") as file:
+    with open(work.out / "commands.txt", "a") as file:
         file.write(f"{step.run}\n")
     MAIN[word](arguments)
     assert step.made.exists(), step
@@ -66,16 +70,15 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-def in_turn(study: Study, chains: list[list[Step]], title: str) -> None:
-    study.bar = tqdm(disable=True)
+def in_turn(work: Work, chains: list[list[Step]], title: str) -> None:
     for steps in chains:
-        study.chain(steps)
+        work.chain(steps)
 
 
 @pytest.fixture(scope="module")
 def quick(module_patch) -> None:
-    module_patch.setattr(Study, "command", here)
-    module_patch.setattr(Study, "work", in_turn)
+    module_patch.setattr(Work, "command", here)
+    module_patch.setattr(Work, "do", in_turn)
     for module in (contest, compare):
         module_patch.setattr(module, "DIMS", 64)
     module_patch.setitem(CONTENDERS, "pixels8", Contender("pixels, 8x8", "pixels8", "--codec pixels", side=8))
@@ -92,16 +95,16 @@ def compared(quick, data, weights, tmp_path_factory) -> Path:
     """A comparison of three codecs that was stopped after its ninth command, and went on."""
     out, count = tmp_path_factory.mktemp("compare") / "out", 0
 
-    def stopping(study: Study, step: Step, name: str) -> None:
+    def stopping(work: Work, step: Step, name: str) -> None:
         nonlocal count
         count += 1
         if count == 10:
-            study.stop.set()
+            work.stop.set()
             raise Stopped
-        here(study, step, name)
+        here(work, step, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Study, "command", stopping)
+        patch.setattr(Work, "command", stopping)
         compare.main(arguments(out, data, weights))
     assert not (out / "table.json").exists()
     compare.main(arguments(out, data, weights))
@@ -237,13 +240,25 @@ def test_a_plan_counts_flops_and_pictures():
     assert plan.flops == 10 * 8 * 256 * 1000 and plan.pictures == 10 * 8 * 256 / 64
 
 
-def test_a_command_that_fails_is_named_with_its_last_words(tmp_path, data, weights, monkeypatch):
-    monkeypatch.setattr(Study, "work", WORK)
-    monkeypatch.setattr(Study, "command", COMMAND)
-    study = Study(tmp_path, data, Comparison(), ["jpeg"], [], weights)
+def test_a_command_that_fails_is_named_with_its_last_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(Work, "do", DO)
+    monkeypatch.setattr(Work, "command", COMMAND)
     step = Step(tmp_path / "x", "train.py --lr nan", 1.0)
     with pytest.raises(UserError, match=r"`python train.py --lr nan` ended with 2 \(error: --lr is nan"):
-        study.work([[step]], "try")
+        Work(tmp_path, 1).do([[step]], "try")
+
+
+def test_work_that_is_told_to_stop_ends_its_commands(tmp_path, monkeypatch):
+    monkeypatch.setattr(Work, "do", DO)
+    monkeypatch.setattr(Work, "command", COMMAND)
+    begun = time.monotonic()
+    timer = Timer(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(Stopped):
+        Work(tmp_path, 2).do(
+            [[Step(tmp_path / name, "-c 'import time; time.sleep(60)'", 1.0)] for name in "abc"], "try"
+        )
+    assert time.monotonic() - begun < 20 and len(read_json(tmp_path / "times.json")) == 2
 
 
 @pytest.mark.parametrize(

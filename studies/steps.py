@@ -1,0 +1,100 @@
+"""Long work in steps, of which several go on at once: what is done already is not done again.
+
+Each step is a command of this project, as one would type it, or a call, and is done if what it makes is there.
+"""
+
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+
+from tqdm import tqdm
+
+from data.prepare import cores
+from plumbing.command import UserError
+from plumbing.files import read_json, write_json
+from plumbing.run import Stop
+
+
+@dataclass
+class Step:
+    made: Path  # is there when it is done
+    run: str | Callable[[], None]  # arguments of Python, or a call
+    flops: float  # about, for the progress bar
+
+
+class Stopped(Exception):
+    """The user has had enough."""
+
+
+class Work:
+    """Steps in OUT.  OUT/commands.txt is what was run, OUT/logs what that said, OUT/times.json how many seconds each
+    took."""
+
+    def __init__(self, out: Path, jobs: int):
+        self.out, self.jobs, self.cores = out, jobs, max(1, cores() // jobs)  # of each that is at work
+        self.stop, self.lock, self.bar = Event(), Lock(), tqdm(disable=True)
+
+    def do(self, chains: list[list[Step]], title: str) -> None:
+        """Do chains of steps, `jobs` of them at once.  Errors: UserError; Stopped, also after SIGTERM and Ctrl-C."""
+        total = sum(step.flops for steps in chains for step in steps) / 1e12
+        self.bar = tqdm(None, title, total, unit=" TFLOP", disable=None, smoothing=0)
+        with self.bar, Stop() as stop, ThreadPoolExecutor(self.jobs) as pool:
+            waiting = [pool.submit(self.chain, steps) for steps in chains]
+            while waiting:
+                done, waiting = wait(waiting, 0.5)
+                errors = [error for each in done if (error := each.exception())]
+                if errors or stop.asked < math.inf:
+                    self.stop.set()
+                    wait(waiting)
+                    errors += [error for each in waiting if (error := each.exception())]
+                    raise min(errors, key=lambda error: isinstance(error, Stopped), default=Stopped())
+
+    def chain(self, steps: list[Step]) -> None:
+        for step in steps:
+            if self.stop.is_set():
+                raise Stopped
+            name = step.made.relative_to(self.out).as_posix()
+            self.bar.set_postfix_str(name)
+            if not step.made.exists():
+                step.made.parent.mkdir(parents=True, exist_ok=True)
+                begun = time.perf_counter()
+                try:
+                    step.run() if callable(step.run) else self.command(step, name)
+                finally:
+                    self.add_time(name, time.perf_counter() - begun)
+            self.bar.update(step.flops / 1e12)
+
+    def add_time(self, name: str, seconds: float) -> None:
+        path = self.out / "times.json"
+        with self.lock:
+            times = read_json(path) if path.exists() else {}
+            write_json(path, times | {name: round(times.get(name, 0) + seconds, 1)})
+
+    def command(self, step: Step, name: str) -> None:
+        """Run a command until it ends, or until all must.  Errors: UserError, with the last line of what it said."""
+        log = self.out / "logs" / f"{name.replace('/', '_')}.txt"
+        log.parent.mkdir(exist_ok=True)
+        with self.lock, open(self.out / "commands.txt", "a") as file:
+            file.write(f"python {step.run}\n")
+        threads = os.environ | {"OMP_NUM_THREADS": str(self.cores)}
+        with open(log, "ab") as file:
+            child = subprocess.Popen([sys.executable, *shlex.split(step.run)], stdout=file, stderr=file, env=threads)
+            while child.poll() is None:
+                if self.stop.wait(0.2):
+                    child.terminate()
+                    child.wait()
+                    raise Stopped
+        if child.returncode or not step.made.exists():
+            lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
+            said = next((line for line in reversed(lines) if line.strip()), "nothing")
+            raise UserError(
+                f"`python {step.run}` ended with {child.returncode} ({said}): see {log}, mend it, and go on"
+            )
