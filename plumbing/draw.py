@@ -5,6 +5,7 @@ They are written elsewhere and renamed, so that a kill or a full disk leaves the
 
 import io
 import math
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from plumbing.files import write_whole
 
-COLOURS = [(60, 120, 200), (220, 90, 30), (60, 150, 80), (130, 60, 170)]
+COLOURS = [(60, 120, 200), (220, 90, 30), (60, 150, 80), (130, 60, 170), (190, 150, 20), (110, 110, 110)]
 GIVEN, WRITTEN = (150, 150, 150), (255, 120, 0)  # around frames that the model was given, and that it wrote
 STRIP = 8  # frames of a clip in a film strip: of 15, every second
 HOLD = 1000  # milliseconds more for the last frame of a grid
@@ -30,10 +31,13 @@ def grid(pictures: list[np.ndarray], columns: int = 0, room: int = 512) -> Image
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str) -> Image.Image:
-    """Lines over steps, the last value of each beside its name."""
+def draw_curves(
+    curves: dict[str, list[tuple[float, float]]], title: str, across: str = "steps", logarithmic: bool = False
+) -> Image.Image:
+    """Lines over steps, from 0 on, or over what else is named; the last value of each beside its name."""
     points = [point for curve in curves.values() for point in curve]
-    width, height, right = 960, 540, max(x for x, _ in points)
+    width, height, scale = 960, 540, math.log10 if logarithmic else float
+    left, right = (scale(end(x for x, _ in points)) if logarithmic or end is max else 0 for end in (min, max))
     low, high = min(y for _, y in points), max(y for _, y in points)
     step = 10 ** math.floor(math.log10(max(high - low, 0.1)))  # the axis begins and ends at round numbers
     bottom = math.floor(low / step) * step
@@ -42,16 +46,19 @@ def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str) -> Ima
     pen, box = ImageDraw.Draw(image), (70, 50, width - 30, height - 60)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return box[0] + (box[2] - box[0]) * x / right, box[3] - (box[3] - box[1]) * (y - bottom) / (top - bottom)
+        across = (scale(x) - left) / (right - left or 1)
+        return box[0] + (box[2] - box[0]) * across, box[3] - (box[3] - box[1]) * (y - bottom) / (top - bottom)
 
     for i in range(6):
-        y, x = bottom + (top - bottom) * i / 5, right * i / 5
-        pen.line([place(0, y), place(right, y)], fill=(225, 225, 225))
-        pen.text((box[0] - 10, place(0, y)[1]), f"{y:,.4g}", "black", small, anchor="rm")
-        pen.text((place(x, bottom)[0], box[3] + 10), f"{x:,.0f}", "black", small, anchor="mt")
+        y, x = bottom + (top - bottom) * i / 5, left + (right - left) * i / 5
+        x, level = 10**x if logarithmic else x, place(points[0][0], y)[1]
+        pen.line([(box[0], level), (box[2], level)], fill=(225, 225, 225))
+        pen.text((box[0] - 10, level), f"{y:,.4g}", "black", small, anchor="rm")
+        text = f"{x:.2g}" if logarithmic else f"{x:,.0f}"
+        pen.text((place(x, bottom)[0], box[3] + 10), text, "black", small, anchor="mt")
     pen.text((box[0], 18), title, "black", ImageFont.load_default(size=18))
-    pen.text((width / 2, height - 12), "steps", "black", small, anchor="mb")
-    for i, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
+    pen.text((width / 2, height - 12), across, "black", small, anchor="mb")
+    for i, ((name, curve), colour) in enumerate(zip(curves.items(), cycle(COLOURS), strict=False)):
         where = [place(*point) for point in curve]
         pen.line(where, fill=colour, width=2, joint="curve")
         for x, y in where if len(where) < 40 else []:
