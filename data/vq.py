@@ -63,15 +63,13 @@ class NetworkConfig:
     code_dim: int = 8  # numbers of a code
 
     def __post_init__(self) -> None:
-        for name, least, most in (("size", 8, 1024), ("codes", 2, 32_768), ("halvings", 1, 5), ("width", 32, 1024)):
+        bounds = {"size": (8, 1024), "codes": (2, 32_768), "halvings": (1, 5), "width": (32, 1024)}
+        for name, (least, most) in (bounds | {"blocks": (1, 64), "code_dim": (1, 256)}).items():
             if not least <= getattr(self, name) <= most:
-                raise UserError(f"--{name} is {getattr(self, name)}: choose {least} to {most}")
-        if self.size % 2**self.halvings or self.width % 32 or min(self.blocks, self.code_dim) < 1:
-            given = f"--size {self.size} --halvings {self.halvings} --width {self.width} --blocks {self.blocks}"
-            rule = (
-                f"the size in steps of {2**self.halvings}, the width of 32, and one block and number of a code at least"
-            )
-            raise UserError(f"{given} --code-dim {self.code_dim}: choose {rule}")
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: choose {least} to {most}")
+        if self.size % 2**self.halvings or self.width % 32:
+            given = f"--size {self.size} --halvings {self.halvings} --width {self.width}"
+            raise UserError(f"{given}: choose the size in steps of {2**self.halvings}, the width in steps of 32")
 
 
 def conv(inputs: int, outputs: int) -> nn.Conv2d:
@@ -86,9 +84,8 @@ class Residual(nn.Sequential):
     """x + conv(conv(x)), which begins as x."""
 
     def __init__(self, width: int):
-        super().__init__(
-            *(layer() for _ in range(2) for layer in (lambda: norm(width), nn.SiLU, lambda: conv(width, width)))
-        )
+        first, second = ((norm(width), nn.SiLU(), conv(width, width)) for _ in range(2))
+        super().__init__(*first, *second)
         nn.init.zeros_(self[-1].weight)
         nn.init.zeros_(self[-1].bias)
 
@@ -288,9 +285,8 @@ def read_network(path: Path, sha256: str) -> Network:
         network = Network(config)
         network.load_state_dict(tensors)  # copies
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{path} holds no network of this version ({str(error).splitlines()[0]}): learn it anew"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds no network of this version ({reason}): learn it anew") from None
     return network.eval()
 
 
@@ -323,9 +319,8 @@ class Learning(NetworkConfig):
             if name in least and not least[name] <= value < 2**31:
                 raise UserError(f"--{name} is {value}: choose {least[name]} or more")
         if not (0 < self.val < 1 and 0 < self.lr < 1) or self.views not in VIEWS:
-            raise UserError(
-                f"--lr {self.lr} --val {self.val} --views {self.views}: choose both between 0 and 1, and {VIEWS}"
-            )
+            given = f"--lr {self.lr} --val {self.val} --views {self.views}"
+            raise UserError(f"{given}: choose the first two between 0 and 1, and views of {VIEWS}")
 
 
 MOST = 100_000  # pictures that it learns on, spread evenly; they are held in memory
@@ -401,9 +396,8 @@ class State:
         tensors, about = read_safetensors(self.path)
         note = json.loads(about["training"])
         if changed := differences(note["settings"], self.settings):
-            raise UserError(
-                f"{self.path.parent} holds another training ({changed}): choose another folder, or delete it"
-            )
+            other = f"{self.path.parent} holds another training ({changed})"
+            raise UserError(f"{other}: choose another folder, or delete it")
         self.step, self.seconds = note["step"], note["seconds"]
         prefix = "network."
         kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -427,7 +421,9 @@ class State:
         errors = (y - x).square().mean((1, 2, 3))
         self.optimizer.zero_grad(set_to_none=True)
         (errors.mean() + loss).backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise UserError(f"the gradient is {norm.item()} at step {self.step}: lower --lr")
         self.optimizer.step()
         self.step += 1
         return errors.detach()
@@ -437,13 +433,12 @@ def pictures_of(source: Path, config: Learning) -> tuple[np.ndarray, np.ndarray,
     """Pictures (N, H, W, 3) to learn from and to validate with, and a digest of all names.  Errors: UserError."""
     items = [*find_items(source)]
     listing = hashlib.sha256("\0".join(item.name for item in items).encode()).hexdigest()[:16]
-    bar = tqdm(items[:: -(-len(items) // MOST) or 1], "read", unit=" files", disable=None)
-    found = [*usable(bar, Frame(config.size))]
-    held = validates(np.arange(len(found)), config.val)
+    every = -(-len(items) // MOST) or 1
+    found = [*usable(tqdm(items[::every], "read", unit=" files", disable=None), Frame(config.size))]
+    held = validates(every * np.arange(len(found)), config.val)
     if not held.any() or held.all():
-        raise UserError(
-            f"{source} has {len(found)} usable pictures, too few to validate --val {config.val}: give it more"
-        )
+        few = f"{source} has {len(found)} usable pictures, too few to validate --val {config.val} of them"
+        raise UserError(f"{few}: give it more")
     pictures = np.stack(found)
     return pictures[~held], pictures[held], listing
 

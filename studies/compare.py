@@ -81,37 +81,31 @@ def distance(study: Study, a: Path, b: Path) -> float:
 
 def row_of(study: Study, name: str, setting: str) -> dict:
     contender, plan, run = CONTENDERS[name], study.plan(name, setting), study.run_of(name, setting)
-    tokenizer, model, key = load_tokenizer(plan.data), f"{name}-{setting}", f"samples/{name}-{setting}"
-    log = read_lines(run / "log.jsonl")
+    model, samples, times = f"{name}-{setting}", study.samples_of(name, setting), read_json(study.out / "times.json")
+    codec, log = load_tokenizer(plan.data).codec, read_lines(run / "log.jsonl")
     speed = np.median([record["tokens_per_second"] for record in log if "tokens_per_second" in record])
     bits = [record["val_bits_per_file"] for record in log if "val_bits_per_file" in record]
-    times = read_json(study.out / "times.json")
-    samples, seeds, originals = study.samples_of(name, setting), range(study.config.seeds), study.features("whole")
-    wrong = samples / "free" / "invalid.txt"
-    free = [distance(study, study.features(model, f"seed-{seed}"), originals) for seed in seeds]
-    top_p = {each: distance(study, study.features(model, f"top-p-{each:g}"), originals) for each in TOP_P} | {
-        1: free[0]
-    }
     row = {"codec": name, "setting": setting, "title": contender.title, **asdict(plan), "data": plan.data.name}
     row |= {"flops": plan.flops, "pictures": round(plan.pictures), "parameters": parameters_of(run)}
-    row |= {
-        "file_bits": (plan.length - 2) * math.log2(tokenizer.codec.symbols),
-        "model_bits": bits[-1],
-        "best_bits": min(bits),
-    }
-    row |= {"training_seconds": plan.steps * plan.batch * plan.context / speed}
-    row |= {"sampling_seconds": times.get(f"{key}/seed-0/{study.config.count - 1:05d}{tokenizer.codec.suffix}")}
-    row |= {"valid_without_grammar": 1 - (len(wrong.read_text().splitlines()) if wrong.exists() else 0) / FREE_COUNT}
-    row |= {"floor": distance(study, study.features(contender.data, "whole"), originals)}
-    row |= {"free": free, "top_p": top_p, "best_top_p": min(top_p, key=top_p.get)}
-    for against, other in (("originals", originals), ("roundtrip", study.features(contender.data, "whole"))):
-        row[against] = {
-            keep: [distance(study, study.features(model, f"whole-{seed}-{keep}"), other) for seed in seeds]
-            for keep in study.keep
-        }
+    row |= {"file_bits": (plan.length - 2) * math.log2(codec.symbols), "model_bits": bits[-1], "best_bits": min(bits)}
+    row["training_seconds"] = plan.steps * plan.batch * plan.context / speed
+    sampled = samples / "seed-0" / f"{study.config.count - 1:05d}{codec.suffix}"
+    row["sampling_seconds"] = times[sampled.relative_to(study.out).as_posix()]
+    wrong = samples / "free" / "invalid.txt"
+    row["valid_without_grammar"] = 1 - (len(wrong.read_text().splitlines()) if wrong.exists() else 0) / FREE_COUNT
+
+    originals, back, seeds = study.features("whole"), study.features(contender.data, "whole"), range(study.config.seeds)
+    row["floor"] = distance(study, back, originals)
+    row["free"] = [distance(study, study.features(model, f"seed-{seed}"), originals) for seed in seeds]
+    row["top_p"] = {each: distance(study, study.features(model, f"top-p-{each:g}"), originals) for each in TOP_P}
+    row["top_p"][1] = row["free"][0]
+    row["best_top_p"] = min(row["top_p"], key=row["top_p"].get)
+    for against, other in (("originals", originals), ("roundtrip", back)):
+        completed = {ratio: [study.features(model, f"whole-{seed}-{ratio}") for seed in seeds] for ratio in study.keep}
+        row[against] = {ratio: [distance(study, path, other) for path in paths] for ratio, paths in completed.items()}
     if study.config.small:
-        small, back = study.features("small"), study.features(contender.data, "small")
-        row["small_floor"] = distance(study, back, small)
+        small = study.features("small")
+        row["small_floor"] = distance(study, study.features(contender.data, "small"), small)
         row["small_originals"] = distance(study, study.features(model, f"small-0-{HALF}"), small)
     return row
 
@@ -163,65 +157,83 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
+def table_of(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
+
+
 def in_words(study: Study, table: dict) -> str:
-    """The table in Markdown."""
-    config, rows, lines = study.config, table["rows"], []
-    if config.count <= DIMS:
-        lines += [f"warning: {config.count} pictures are fewer than {DIMS} features: KID x 1000 instead of FID", ""]
+    """The tables in Markdown."""
+    rows, keep, lines = table["rows"], table["keep"], []
+    if study.config.count <= DIMS:
+        lines += [
+            f"warning: {study.config.count} pictures are fewer than {DIMS} features: KID x 1000 instead of FID",
+            "",
+        ]
     for setting, title in SETTINGS.items():
         shown = [row for row in rows if row["setting"] == setting or len(settings_of(row["codec"])) == 1]
-        lines += [f"**{title[0].upper()}{title[1:]} as JPEG:** {table['measure']}, {config.count:,} pictures", ""]
-        head = ["codec", "tokens", "bits of a file", "bits the model needs", "pictures seen", "PFLOP", "training, min"]
-        head += [
-            "sampling, s",
-            "valid without grammar",
-            "round trip",
-            "free",
-            "best top-p",
-            *(f"from {keep:g}" for keep in study.keep),
-        ]
-        head += [f"from {keep:g}, to round trip" for keep in study.keep]
-        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        for row in shown:
-            best = row["best_top_p"]
-            cells = [row["title"], f"{row['length'] - 2:,.0f}", f"{row['file_bits']:,.0f}", f"{row['model_bits']:,.0f}"]
-            cells += [f"{row['pictures']:,}", f"{row['flops'] / 1e15:.3g}", f"{row['training_seconds'] / 60:.0f}"]
-            cells += [
-                f"{row['sampling_seconds']:.0f}" if row["sampling_seconds"] else "",
-                f"{row['valid_without_grammar']:.1%}",
-            ]
-            cells += [f"{row['floor']:.3f}", spread(row["free"]), f"{row['top_p'][best]:.3f} at {best:g}"]
-            cells += [spread(row[against][keep]) for against in ("originals", "roundtrip") for keep in study.keep]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += [f"{title.capitalize()} as JPEG: {table['measure']}, {study.config.count:,} pictures", ""]
+        lines += results(shown, keep) + costs(shown) + to_round_trip(shown, keep)
     for other, share in table["reductions"].items():
-        lines.append(
-            f"- completions by JPEG: {share:.1%} lower than by {other} (the paper: 31% than VQ, as many pictures)"
-        )
-    if config.small:
-        lines += [
-            "",
-            "| codec | | round trip, whole | shrunk to half | from 0.5, whole | shrunk to half |",
-            "|" + "---|" * 6,
+        lines.append(f"- completions by JPEG: {share:.1%} lower than by {other} (the paper: 31% than by VQ)")
+    lines.append("")
+    if study.config.small:
+        lines += small_things(rows)
+    if study.config.tail:
+        lines += long_tail(study, table["tail"])
+    return "\n".join(lines)
+
+
+def results(rows: list[dict], keep: list[float]) -> list[str]:
+    head = ["codec", "tokens", "bits of a file", "bits the model needs", "round trip", "free", "best top-p"]
+    found = []
+    for row in rows:
+        cells = [row["title"], f"{row['length'] - 2:,.0f}", f"{row['file_bits']:,.0f}", f"{row['model_bits']:,.0f}"]
+        cells += [
+            f"{row['floor']:.3f}",
+            spread(row["free"]),
+            f"{row['top_p'][row['best_top_p']]:.3f} ({row['best_top_p']:g})",
         ]
-        for row in rows:
-            cells = [row["floor"], row["small_floor"], row["originals"][HALF][0], row["small_originals"]]
-            lines.append(
-                f"| {row['title']} | {SETTINGS[row['setting']]} | " + " | ".join(f"{x:.3f}" for x in cells) + " |"
-            )
-    if "tail" in table:
-        tail = table["tail"]
-        lines += ["", f"KID x 1000 of completions by class, {tail['count']} pictures of each", ""]
-        lines += [f"| class | pictures | {' | '.join(study.codecs)} |", "|" + "---|" * (2 + len(study.codecs))]
-        for name, each in sorted(tail["classes"].items(), key=lambda item: -item[1]["pictures"]):
-            values = " | ".join(f"{each[codec]:.2f}" for codec in study.codecs)
-            lines.append(f"| {name} | {each['pictures']} | {values} |")
-        lines.append("")
-        for name, each in tail["correlations"].items():
-            lines.append(
-                f"- JPEG minus {name}, with rarity: r {each['r']:.2f}, p {each['p']:.2g} (the paper, over VQ: p 0.0002)"
-            )
-    return "\n".join(lines) + "\n"
+        found.append(cells + [spread(row["originals"][ratio]) for ratio in keep])
+    return table_of([*head, *(f"from {ratio:g}" for ratio in keep)], found)
+
+
+def costs(rows: list[dict]) -> list[str]:
+    head = ["codec", "weights", "steps x rows x tokens", "pictures", "PFLOP", "training, min", "sampling, s"]
+    found = []
+    for row in rows:
+        cells = [row["title"], f"{row['parameters']:,}", f"{row['steps']:,} x {row['batch']} x {row['context']:,}"]
+        cells += [f"{row['pictures']:,}", f"{row['flops'] / 1e15:.3g}", f"{row['training_seconds'] / 60:.0f}"]
+        found.append([*cells, f"{row['sampling_seconds']:.0f}", f"{row['valid_without_grammar']:.0%}"])
+    return table_of([*head, "valid without grammar"], found)
+
+
+def to_round_trip(rows: list[dict], keep: list[float]) -> list[str]:
+    """Distances of completions to what the codec gives back of the originals, which no model could do better than."""
+    found = [[row["title"], *(spread(row["roundtrip"][ratio]) for ratio in keep)] for row in rows]
+    return table_of(["to the codec's own round trip", *(f"from {ratio:g}" for ratio in keep)], found)
+
+
+def small_things(rows: list[dict]) -> list[str]:
+    found = []
+    for row in rows:
+        pairs = (row["floor"], row["small_floor"]), (row["originals"][HALF][0], row["small_originals"])
+        cells = [text for a, b in pairs for text in (f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}")]
+        found.append([row["title"], SETTINGS[row["setting"]], *cells])
+    head = ["small things", "", "round trip", "of small ones", "change", f"from {HALF:g}", "of small ones", "change"]
+    return table_of(head, found)
+
+
+def long_tail(study: Study, tail: dict) -> list[str]:
+    found = []
+    for name, each in sorted(tail["classes"].items(), key=lambda item: -item[1]["pictures"]):
+        found.append([name, f"{each['pictures']:,}", *(f"{each[codec]:.2f}" for codec in study.codecs)])
+    head = [f"KID x 1000 of {tail['count']} completions", "pictures to learn from", *study.codecs]
+    lines = table_of(head, found)
+    for name, each in tail["correlations"].items():
+        gap = f"r {each['r']:.2f}, p {each['p']:.2g}"
+        lines.append(f"- JPEG minus {name}, with rarity: {gap} (the paper, minus VQ: p 0.0002)")
+    return [*lines, ""]
 
 
 SHOWN = 8  # pictures of each kind in a row of the grid
@@ -265,37 +277,24 @@ def write_kinds(out: Path, studies: list[Study]) -> None:
     rows = []
     for study in studies:
         for row in read_json(study.out / "table.json")["rows"]:
-            completed = float(np.mean(row["originals"][str(HALF)]))
-            rows.append(
-                {"pictures": study.out.name, "measure": measure(study), "share": row["model_bits"] / row["file_bits"]}
-                | {key: row[key] for key in ("title", "setting", "file_bits", "model_bits", "floor")}
-                | {"completed": completed, "above_floor": completed - row["floor"]}
+            completed, same = (
+                float(np.mean(row["originals"][str(HALF)])),
+                ("title", "setting", "file_bits", "model_bits", "floor"),
             )
+            values = {"share": row["model_bits"] / row["file_bits"], "completed": completed}
+            values |= {"above_floor": completed - row["floor"], "measure": measure(study)}
+            rows.append({"pictures": study.out.name, **{key: row[key] for key in same}, **values})
     write_json(out / "kinds.json", {"rows": rows})
-    head = [
-        "pictures",
-        "codec",
-        "",
-        "bits of a file",
-        "bits the model needs",
-        "share",
-        "round trip",
-        "from 0.5",
-        "above",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head = ["pictures", "codec", "", "bits of a file", "bits the model needs", "share"]
+    head += ["round trip", f"from {HALF:g}", "above"]
+    found = []
     for row in rows:
-        cells = [
-            row["pictures"],
-            row["title"],
-            SETTINGS[row["setting"]],
-            f"{row['file_bits']:,.0f}",
-            f"{row['model_bits']:,.0f}",
-        ]
-        cells += [f"{row['share']:.0%}", *(f"{row[key]:.3f}" for key in ("floor", "completed", "above_floor"))]
-        lines.append("| " + " | ".join(cells) + " |")
-    write_whole(out / "kinds.md", ("\n".join(lines) + "\n").encode())
-    print("\n".join(lines))
+        cells = [row["pictures"], row["title"], SETTINGS[row["setting"]]]
+        cells += [f"{row['file_bits']:,.0f}", f"{row['model_bits']:,.0f}", f"{row['share']:.0%}"]
+        found.append([*cells, *(f"{row[key]:.3f}" for key in ("floor", "completed", "above_floor"))])
+    text = "\n".join([f"{rows[0]['measure']}, {studies[0].config.count:,} pictures", "", *table_of(head, found)])
+    write_whole(out / "kinds.md", text.encode())
+    print(text)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -163,7 +163,9 @@ class Study:
             held = f"{self.data}/test has {len(items)} usable pictures of {self.config.size} pixels"
             raise UserError(f"{held}, not --count {wanted}: lower it, or give it more")
         items = [items[i * len(items) // wanted] for i in range(wanted)]  # spread evenly
-        classes = [item.name.split("/")[0] if "/" in item.name else "" for item in items]
+        classes = [item.name.split("/")[0] if "/" in item.name else "(no folder)" for item in items]
+        if self.config.tail:
+            self.check_classes(classes)
         write_json(self.out / "classes.json", {"classes": classes})
         for kind, change in (("whole", np.asarray), ("small", shrunk)):
             part = self.test(f"{kind}.part")
@@ -173,6 +175,14 @@ class Study:
                 for number, picture in enumerate(usable(items, frame)):
                     save_pixels(part / f"{number:05d}", change(picture))
                 part.rename(self.test(kind))
+
+    def check_classes(self, classes: list[str]) -> None:
+        """Errors: UserError, unless the test pictures are of the classes to learn from, ten of each at least."""
+        if odd := {*classes} ^ {path.name for path in self.source.iterdir()}:
+            differ = ", ".join(sorted(odd))
+            raise UserError(f"{self.data}: --tail needs the same class folders in train and test, and {differ} differ")
+        if (few := min(map(classes.count, classes))) < 10:
+            raise UserError(f"--count {len(classes)} takes {few} pictures of a class, and --tail needs 10: raise it")
 
     @cached_property
     def source(self) -> Path:

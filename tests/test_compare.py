@@ -24,7 +24,7 @@ from data.shapes import draw
 from plumbing.command import UserError
 from plumbing.files import read_json
 from studies import compare, contest
-from studies.contest import CONTENDERS, KEEP, Contender, Plan, long_tail, shrunk
+from studies.contest import CONTENDERS, KEEP, Comparison, Contender, Plan, Study, long_tail, shrunk
 from studies.steps import Step, Stopped, Work
 from tests.benchmark import random_state
 
@@ -37,7 +37,7 @@ MAIN = {
 }
 DO, COMMAND = Work.do, Work.command
 CODECS = ["jpeg", "vq8", "pixels8"]
-FLAGS = "--size 32 --config tiny --steps 3 --tokens 256 --vq-steps 3 --count 8".split()  # noqa: SIM905
+FLAGS = "--size 32 --config tiny --steps 3 --tokens 256 --vq-steps 3 --count 6".split()  # noqa: SIM905
 TRAIN = "-- --dim 32 --layers 1 --heads 1 --kv-heads 1 --hidden 32 --samples 1".split()  # noqa: SIM905
 
 
@@ -81,6 +81,7 @@ def quick(module_patch) -> None:
     module_patch.setattr(Work, "do", in_turn)
     for module in (contest, compare):
         module_patch.setattr(module, "DIMS", 64)
+        module_patch.setattr(module, "FREE_COUNT", 4)
     module_patch.setitem(CONTENDERS, "pixels8", Contender("pixels, 8x8", "pixels8", "--codec pixels", side=8))
 
 
@@ -147,7 +148,7 @@ def test_rows_hold_what_fid_py_says_of_the_folders(compared, weights, capsys):
     capsys.readouterr()
     fid.main([str(folder), "--dims", "64", "--weights", str(weights), "--json"])
     (found,) = json.loads(capsys.readouterr().out)["completions"]  # at 32 pixels JPEG has two rows of MCUs
-    assert found["count"] == 8 and found["keep"] == "0.5"
+    assert found["count"] == 6 and found["keep"] == "0.5"
     network = fid.load(weights, 64)
     sets = [fid.extract(fid.Images(path), network)[0] for path in (folder / "keep_0.5", compared / "test" / "whole")]
     assert row["originals"]["0.5"] == [pytest.approx(1000 * fid.kernel_distance(*sets)[0])]
@@ -183,14 +184,19 @@ def test_more_seeds_go_on_from_there_and_another_setting_is_refused(compared, da
         compare.main(arguments(compared, data, weights, train=[*TRAIN, "--lr", "0.1"]))
 
 
-def test_a_long_tail_is_compared_class_by_class(quick, data, weights, tmp_path):
-    compare.main(arguments(tmp_path / "out", data, weights, "--codecs", "jpeg", "vq8", "--tail", "0.1"))
-    tail = read_json(tmp_path / "out" / "table.json")["tail"]
-    assert sorted(each["pictures"] for each in tail["classes"].values()) == [2, 6, 20]
-    rarity = [-math.log(each["pictures"]) for each in tail["classes"].values()]
-    gap = [each["jpeg"] - each["vq8"] for each in tail["classes"].values()]
-    assert tail["correlations"]["vq8"]["r"] == pytest.approx(np.corrcoef(rarity, gap)[0, 1])
-    assert tail["correlations"]["vq8"]["p"] == pytest.approx(pearsonr(rarity, gap).pvalue)
+def test_a_long_tail_is_compared_class_by_class(compared, data, weights, quick, tmp_path):
+    """Of completions that are there, as if these had been what their models learned from."""
+    study = Study(compared, data, Comparison(), ["jpeg", "vq8"], [], weights)
+    study.source = long_tail(data / "train", tmp_path / "tail", 0.1)
+    found, originals = compare.tail_of(study), fid.open_set(study.features("whole"), 64).features
+    assert read_json(compared / "classes.json")["classes"] == ["a", "a", "b", "b", "c", "c"] and found["count"] == 2
+    completed = fid.open_set(study.features("jpeg-flops", "whole-0-0.5"), 64).features
+    assert found["classes"]["b"]["jpeg"] == pytest.approx(1000 * fid.kernel_distance(completed[2:4], originals[2:4])[0])
+    assert sorted(each["pictures"] for each in found["classes"].values()) == [2, 6, 20]
+    rarity = [-math.log(each["pictures"]) for each in found["classes"].values()]
+    gap = [each["jpeg"] - each["vq8"] for each in found["classes"].values()]
+    assert found["correlations"]["vq8"]["r"] == pytest.approx(np.corrcoef(rarity, gap)[0, 1])
+    assert found["correlations"]["vq8"]["p"] == pytest.approx(pearsonr(rarity, gap).pvalue)
 
 
 def test_kinds_of_pictures_are_compared_one_by_one(quick, data, weights, tmp_path):
@@ -213,9 +219,17 @@ def test_a_long_tail_is_a_geometric_series_of_links(data, tmp_path):
     assert all(path.resolve().is_relative_to(data.resolve()) for path in found.rglob("*.png"))
 
 
-def test_a_long_tail_without_classes_is_refused(data, tmp_path):
+def test_a_long_tail_without_classes_is_refused(data, weights, tmp_path):
     with pytest.raises(UserError, match="has 0 folders, and --tail needs one for each class"):
         long_tail(data / "train" / "a", tmp_path / "tail", 0.05)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(data / "train")
+    (tmp_path / "data" / "test").symlink_to(data / "test" / "a")
+    more = ["--data", str(tmp_path / "data"), "--tail", "0.1", "--count", "2"]
+    with pytest.raises(
+        UserError, match="--tail needs the same class folders in train and test, and .no folder., a, b, c differ"
+    ):
+        compare.main(arguments(tmp_path / "out", data, weights, *more))
 
 
 def test_small_things_lie_in_the_middle_of_black():

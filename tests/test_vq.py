@@ -217,7 +217,7 @@ def _model(run: Path) -> tuple:
     [
         (["--size", "30"], "the size in steps of 4"),
         (["--codes", "1"], "--codes is 1: choose 2 to 32768"),
-        (["--val", "1"], "choose both between 0 and 1"),
+        (["--val", "1"], "choose the first two between 0 and 1"),
         (["--views", "3"], "--views 3"),
         (["--steps", "0"], "--steps is 0: choose 1 or more"),
     ],
