@@ -1,5 +1,5 @@
-"""What studies.compare promises: the same for each codec, whatever interrupts it, and measures that equal their closed
-forms."""
+"""What studies.compare, scaling and tokens promise: the same for each codec, whatever interrupts it, and measures that
+equal their closed forms."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 from threading import Timer
 
@@ -21,9 +22,10 @@ import sample
 import train
 from data import prepare, vq
 from data.shapes import draw
+from data.stream import Stream
 from plumbing.command import UserError
 from plumbing.files import read_json
-from studies import compare, contest
+from studies import compare, contest, scaling, tokens
 from studies.contest import CONTENDERS, KEEP, Comparison, Contender, Plan, Study, long_tail, shrunk
 from studies.steps import Step, Stopped, Work
 from tests.benchmark import random_state
@@ -292,3 +294,71 @@ def test_settings_that_cannot_be_are_refused(given, said, data, weights, tmp_pat
 def test_a_folder_without_train_and_test_is_refused(data, weights, tmp_path):
     with pytest.raises(UserError, match="is not a folder: --data holds `train` and `test`"):
         compare.main([str(tmp_path), "--data", str(data / "train"), "--weights", str(weights)])
+
+
+# --- scaling --------------------------------------------------------------------------------------------------------
+
+
+def test_a_power_law_is_found_from_its_points():
+    x = np.geomspace(1e5, 1e9, 9)
+    law = scaling.power_law([*zip(x, 700 + 900 * (x / 1e5) ** -0.35, strict=True)])
+    assert law == pytest.approx({"floor": 700, "a": 900, "b": 0.35, "x0": 1e5}, rel=1e-3)
+    assert scaling.power_law([(1, 2), (2, 1)]) == {}
+
+
+def test_sizes_are_tried_at_all_rates_and_trained_at_the_best(quick, compared, tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "SIZES", [scaling.Size(8 * n, 1, 1, 16) for n in (1, 2, 3, 4)])
+    arguments = [str(tmp_path), "--data", str(compared / "data" / "vq8"), "--steps", "4", "--lr", "1e-9", "0.02"]
+    arguments += ["--", "--context", "64", "--batch", "1", "--micro", "1"]
+    scaling.main(arguments)
+    found = read_json(tmp_path / "scaling.json")
+    for row in found["rows"]:
+        assert row["lr"] == 0.02
+        assert row["flops"]["1"] == 4 * row["flops"]["0.25"]
+        dim, vocab = row["dim"], 4096 + 2
+        assert row["weights"] == 4 * dim**2 + 3 * dim * 16 + dim * vocab + 3 * dim  # a block, the head, three gains
+        assert row["flops"]["0.25"] == 64 * (6 * row["weights"] + 12 * dim * 64)
+    assert len([*(tmp_path / "runs").iterdir()]) == 4 * (2 + 2)
+    assert Image.open(tmp_path / "scaling.png").size == (1920, 540)
+    before = (tmp_path / "commands.txt").read_text()
+    scaling.main(arguments)
+    assert (tmp_path / "commands.txt").read_text() == before
+    with pytest.raises(UserError, match="holds another study"):
+        scaling.main([*arguments[:3], "--steps", "8"])
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def test_symbols_of_a_wrong_token_may_be_right():
+    """Tokens 0 to 3 are symbols, 4 is (1, 2), 5 is (1, 2, 3), then come start and end."""
+    expansions = [np.array(each) for each in ([0], [1], [2], [3], [1, 2], [1, 2, 3])]
+    found, truth = np.array([5, 1, 4, 7, 0, 4]), np.array([4, 4, 5, 1, 7, 5])
+    assert tokens.right_symbols(found, truth, expansions) == (2 + 1 + 2 + 0 + 2, 2 + 2 + 3 + 1 + 3)
+
+
+def test_accuracies_are_those_of_predictions_looked_at_one_by_one(compared, capsys):
+    run = compared / "runs" / "jpeg-flops"
+    tokens.main(["accuracy", str(run)])
+    found = json.loads(capsys.readouterr().out)
+    model, tokenizer, _ = sample.read_run(run, torch.device("cpu"))
+    val, right, count = Stream(compared / "data" / "jpeg", "val", len(model.config.positions)), 0, 0
+    for begin, end in pairwise(val.documents.tolist()):
+        x, syntax = (
+            torch.from_numpy(each.astype(np.int64))
+            for each in (val.read(begin, end - begin), val.read_syntax(begin, end - begin))
+        )
+        with torch.no_grad():
+            likeliest = model(x[None, :-1], syntax[None, :-1])[0].argmax(-1)
+        right, count = right + int((likeliest == x[1:]).sum()), count + len(x) - 1
+    assert found["tokens"] == count and found["right_tokens"] == pytest.approx(right / count)
+    assert found["symbols"] == val.symbols
+
+
+def test_costs_are_counted_by_the_formula(data):
+    lines = tokens.costs(data / "test", [32], "tiny", 5).splitlines()
+    cells = next([cell.strip() for cell in line.split("|")] for line in lines if "VQ, 8x8" in line)
+    weights = 2 * (4 * 64**2 + 3 * 64 * 176 + 2 * 64) + 64 + 64 * 4098
+    assert cells[3] == "16" and float(cells[4]) == pytest.approx(18 * (6 * weights + 12 * 2 * 64 * 18) / 1e9, rel=0.01)
+    with pytest.raises(UserError, match="no usable picture of 512 pixels"):
+        tokens.costs(data / "test", [512], "tiny", 5)
