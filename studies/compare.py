@@ -18,12 +18,12 @@ OUT/commands.txt what was run, OUT/logs what that said.
 import math
 import sys
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import pearsonr
-from tqdm import tqdm
 
 import fid
 from codec import load_tokenizer
@@ -47,24 +47,41 @@ from studies.contest import (
     opened,
     settings_of,
 )
-from studies.steps import Stopped
+from studies.steps import Step, Stopped
 from train import parse as parse_training
 
 # --- the tables -----------------------------------------------------------------------------------------------------
 
 
-def write_table(study: Study) -> None:
-    """OUT/table.json, table.md and grid.png."""
-    rows = []
-    for name in tqdm(study.codecs, "measure", disable=None):
-        rows += [row_of(study, name, setting) for setting in settings_of(name)]
+def row_step(study: Study, name: str, setting: str) -> Step:
+    """The last of a model's steps: its row, and the tables of all rows that are there by then."""
+
+    def write() -> None:
+        write_json(path, row_of(study, name, setting))
+        with study.work.lock:
+            write_tables(study)
+
+    path = row_path(study, name, setting)
+    return Step(path, write, 1e11)
+
+
+def row_path(study: Study, name: str, setting: str) -> Path:
+    return study.out / "rows" / f"{name}-{setting}-seeds{study.config.seeds}{'-small' * study.config.small}.json"
+
+
+def write_tables(study: Study) -> str:
+    """OUT/table.json, table.md and grid.png, of the models that are measured."""
+    models = [(name, setting) for name in study.codecs for setting in settings_of(name)]
+    there = [model for model in models if row_path(study, *model).exists()]
+    rows = [read_json(row_path(study, *model)) for model in there]
     table = {"measure": measure(study), "keep": study.keep, "rows": rows, "reductions": reductions(rows, study.keep)}
-    if study.config.tail:
+    if study.config.tail and there == models:
         table["tail"] = tail_of(study)
     write_json(study.out / "table.json", table)
-    write_whole(study.out / "table.md", in_words(study, table).encode())
-    save_image(study.out / "grid.png", picture(study))
-    print(in_words(study, table))
+    text = in_words(study, table)
+    write_whole(study.out / "table.md", text.encode())
+    save_image(study.out / "grid.png", picture(study, there))
+    return text
 
 
 def measure(study: Study) -> str:
@@ -97,12 +114,14 @@ def row_of(study: Study, name: str, setting: str) -> dict:
     originals, back, seeds = study.features("whole"), study.features(contender.data, "whole"), range(study.config.seeds)
     row["floor"] = distance(study, back, originals)
     row["free"] = [distance(study, study.features(model, f"seed-{seed}"), originals) for seed in seeds]
-    row["top_p"] = {each: distance(study, study.features(model, f"top-p-{each:g}"), originals) for each in TOP_P}
-    row["top_p"][1] = row["free"][0]
+    drawn = {str(each): study.features(model, f"top-p-{each:g}") for each in TOP_P}
+    row["top_p"] = {each: distance(study, path, originals) for each, path in drawn.items()} | {"1": row["free"][0]}
     row["best_top_p"] = min(row["top_p"], key=row["top_p"].get)
     for against, other in (("originals", originals), ("roundtrip", back)):
-        completed = {ratio: [study.features(model, f"whole-{seed}-{ratio}") for seed in seeds] for ratio in study.keep}
-        row[against] = {ratio: [distance(study, path, other) for path in paths] for ratio, paths in completed.items()}
+        row[against] = {}
+        for ratio in study.keep:
+            completed = [study.features(model, f"whole-{seed}-{ratio}") for seed in seeds]
+            row[against][str(ratio)] = [distance(study, path, other) for path in completed]
     if study.config.small:
         small = study.features("small")
         row["small_floor"] = distance(study, study.features(contender.data, "small"), small)
@@ -121,7 +140,9 @@ def reductions(rows: list[dict], ratios: list[float]) -> dict[str, float]:
     ours, found = next((row for row in rows if row["codec"] == REFERENCE), None), {}
     for row in rows if ours else []:
         if row["codec"] != REFERENCE:
-            shares = [1 - np.mean(ours["originals"][keep]) / np.mean(row["originals"][keep]) for keep in ratios]
+            shares = [
+                1 - np.mean(ours["originals"][str(each)]) / np.mean(row["originals"][str(each)]) for each in ratios
+            ]
             found[f"{row['codec']}, {SETTINGS[row['setting']]}"] = float(np.mean(shares))
     return found
 
@@ -179,7 +200,7 @@ def in_words(study: Study, table: dict) -> str:
     lines.append("")
     if study.config.small:
         lines += small_things(rows)
-    if study.config.tail:
+    if "tail" in table:
         lines += long_tail(study, table["tail"])
     return "\n".join(lines)
 
@@ -192,9 +213,9 @@ def results(rows: list[dict], keep: list[float]) -> list[str]:
         cells += [
             f"{row['floor']:.3f}",
             spread(row["free"]),
-            f"{row['top_p'][row['best_top_p']]:.3f} ({row['best_top_p']:g})",
+            f"{row['top_p'][row['best_top_p']]:.3f} ({row['best_top_p']})",
         ]
-        found.append(cells + [spread(row["originals"][ratio]) for ratio in keep])
+        found.append(cells + [spread(row["originals"][str(ratio)]) for ratio in keep])
     return table_of([*head, *(f"from {ratio:g}" for ratio in keep)], found)
 
 
@@ -210,14 +231,14 @@ def costs(rows: list[dict]) -> list[str]:
 
 def to_round_trip(rows: list[dict], keep: list[float]) -> list[str]:
     """Distances of completions to what the codec gives back of the originals, which no model could do better than."""
-    found = [[row["title"], *(spread(row["roundtrip"][ratio]) for ratio in keep)] for row in rows]
+    found = [[row["title"], *(spread(row["roundtrip"][str(ratio)]) for ratio in keep)] for row in rows]
     return table_of(["to the codec's own round trip", *(f"from {ratio:g}" for ratio in keep)], found)
 
 
 def small_things(rows: list[dict]) -> list[str]:
     found = []
     for row in rows:
-        pairs = (row["floor"], row["small_floor"]), (row["originals"][HALF][0], row["small_originals"])
+        pairs = (row["floor"], row["small_floor"]), (row["originals"][str(HALF)][0], row["small_originals"])
         cells = [text for a, b in pairs for text in (f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}")]
         found.append([row["title"], SETTINGS[row["setting"]], *cells])
     head = ["small things", "", "round trip", "of small ones", "change", f"from {HALF:g}", "of small ones", "change"]
@@ -239,12 +260,11 @@ def long_tail(study: Study, tail: dict) -> list[str]:
 SHOWN = 8  # pictures of each kind in a row of the grid
 
 
-def picture(study: Study) -> Image.Image:
+def picture(study: Study, models: list[tuple[str, str]]) -> Image.Image:
     """A row for each model: free samples, and pictures completed from their upper half; at the top what these were."""
     size = study.config.size
     scale = max(1, 64 // size)
     side, left = size * scale, 250
-    models = [(name, setting) for name in study.codecs for setting in settings_of(name)]
     sheet = Image.new("RGB", (left + 2 * SHOWN * (side + 2) + 16, (len(models) + 1) * (side + 6)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
 
@@ -327,8 +347,8 @@ def main(arguments: list[str] | None = None) -> None:
             studies.append(Study(out, data, config, flags.codecs, extra, weights))
         try:
             for study in studies:
-                study.go()
-                write_table(study)
+                study.go(partial(row_step, study))
+                print(write_tables(study))
         except Stopped:
             print(f"{flags.out}: stopped, and the same command continues")
             return

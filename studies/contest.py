@@ -2,7 +2,7 @@
 
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -121,8 +121,9 @@ class Study:
     def work(self) -> Work:
         return Work(self.out, self.config.jobs)
 
-    def go(self) -> None:
-        """Do what is not done yet.  Errors: UserError; Stopped, when the user has had enough."""
+    def go(self, last: Callable[[str, str], Step]) -> None:
+        """Do what is not done yet, with a last step for each model.  Errors: UserError; Stopped, when the user has had
+        enough."""
         self.open()
         self.references()
         names = [*dict.fromkeys([REFERENCE, *self.codecs])]
@@ -132,7 +133,8 @@ class Study:
             step for kind in self.kinds for step in self.look(self.test(kind), self.config.size, self.features(kind))
         ]
         self.work.do([common], "look")
-        chains = [self.steps(name, setting) for name in self.codecs for setting in settings_of(name)]
+        models = [(name, setting) for name in self.codecs for setting in settings_of(name)]
+        chains = [[*self.steps(*model), last(*model)] for model in models]
         self.work.do(sorted(chains, key=lambda steps: -sum(step.flops for step in steps)), "compare")
 
     def open(self) -> None:

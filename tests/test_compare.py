@@ -244,7 +244,7 @@ def test_a_reduction_is_the_mean_of_those_at_each_ratio():
         {
             "codec": name,
             "setting": "pictures",
-            "originals": {keep: [value] for keep, value in zip(KEEP, values, strict=True)},
+            "originals": {str(keep): [value] for keep, value in zip(KEEP, values, strict=True)},
         }
         for name, values in (("jpeg", (6, 3, 1)), ("vq8", (12, 4, 1)))
     ]
