@@ -16,7 +16,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import MethodType
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from codec import Tokenizer, load_tokenizer
 from data.prepare import chunks
 from data.shapes import BUILT_IN
-from data.stream import Stream
+from data.stream import Stream, rows_of_step
 from grammar import FAR, Grammar
 from model import Block, Llama, ModelConfig
 from plumbing import huggingface
@@ -139,19 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
         train(config)
 
 
-# --- data: which tokens step s sees is a function of (seed, s) alone ------------------------------------------------
-
-
-@lru_cache(2)
-def order_of_epoch(epoch: int, count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def rows_of_step(step: int, batch: int, count: int, seed: int) -> np.ndarray:
-    """The numbers of the rows of one step (batch,): each of `count` once an epoch, in an order drawn from (seed,
-    epoch)."""
-    places = range(step * batch, (step + 1) * batch)
-    return np.array([order_of_epoch(place // count, count, seed)[place % count] for place in places])
+# --- data ----------------------------------------------------------------------------------------------------------
 
 
 def batch_of(stream: Stream, starts: np.ndarray, context: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

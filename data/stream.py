@@ -1,5 +1,6 @@
 """What data.prepare wrote, read as one long row of tokens."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,21 @@ class Stream:
         Rows that begin with a document cost the same bits a file for the same compute: see studies/README.md.
         """
         return np.arange(0, int(self.bounds[-1]) - context, context)
+
+
+# --- which of them step s sees is a function of (seed, s) alone -----------------------------------------------------
+
+
+@lru_cache(2)
+def order_of_epoch(epoch: int, count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def rows_of_step(step: int, batch: int, count: int, seed: int) -> np.ndarray:
+    """The numbers of the rows of one step (batch,): each of `count` once an epoch, in an order drawn from (seed,
+    epoch)."""
+    places = range(step * batch, (step + 1) * batch)
+    return np.array([order_of_epoch(place // count, count, seed)[place % count] for place in places])
 
 
 def described(shard: object) -> bool:

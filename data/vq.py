@@ -42,7 +42,8 @@ import grammar
 from codec import Codec
 from data.prepare import VIEWS, usable, validates, views_of
 from data.prompts import read_prompts
-from data.sources import find_items
+from data.sources import Item, find_items
+from data.stream import rows_of_step
 from plumbing.command import Flags, UserError, differences, run
 from plumbing.draw import grid, save_image
 from plumbing.files import digest, read_json, write_json
@@ -282,8 +283,9 @@ def read_network(path: Path, sha256: str) -> Network:
         config = NetworkConfig(**json.loads(about["network"]))
         if not all(type(value) is int for value in asdict(config).values()):
             raise ValueError(config)
-        network = Network(config)
-        network.load_state_dict(tensors)  # copies
+        with torch.device("meta"):  # what is no such network is refused before its size is allocated
+            network = Network(config)
+        network.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} holds no network of this version ({reason}): learn it anew") from None
@@ -323,22 +325,15 @@ class Learning(NetworkConfig):
             raise UserError(f"{given}: choose the first two between 0 and 1, and views of {VIEWS}")
 
 
-MOST = 100_000  # pictures that it learns on, spread evenly; they are held in memory
+MOST = 100_000  # pictures that it learns on, drawn from all; they are held in memory
 FEW = 0.1  # of the codes in use: what is called a collapse
-
-
-@lru_cache(2)
-def order_of_epoch(epoch: int, count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def batch_of(pictures: np.ndarray, step: int, config: Learning) -> Tensor:
     """What step `step` sees, uint8 (B, H, W, 3), a function of the seed and the step alone."""
-    count, chosen = len(pictures) * config.views, []
-    for place in range(step * config.batch, (step + 1) * config.batch):
-        view, number = divmod(int(order_of_epoch(place // count, count, config.seed)[place % count]), len(pictures))
-        chosen.append(next(islice(views_of(pictures[number], config.views), view, None)))
-    return torch.from_numpy(np.stack(chosen))
+    chosen = rows_of_step(step, config.batch, len(pictures) * config.views, config.seed).tolist()
+    views = [next(islice(views_of(pictures[n % len(pictures)], VIEWS[-1]), n // len(pictures), None)) for n in chosen]
+    return torch.from_numpy(np.stack(views))
 
 
 def learning_rate(step: int, config: Learning) -> float:
@@ -429,18 +424,26 @@ class State:
         return errors.detach()
 
 
-def pictures_of(source: Path, config: Learning) -> tuple[np.ndarray, np.ndarray, str]:
-    """Pictures (N, H, W, 3) to learn from and to validate with, and a digest of all names.  Errors: UserError."""
-    items = [*find_items(source)]
-    listing = hashlib.sha256("\0".join(item.name for item in items).encode()).hexdigest()[:16]
-    every = -(-len(items) // MOST) or 1
-    found = [*usable(tqdm(items[::every], "read", unit=" files", disable=None), Frame(config.size))]
-    held = validates(every * np.arange(len(found)), config.val)
+def listing_of(items: list[Item]) -> str:
+    return hashlib.sha256("\0".join(item.name for item in items).encode()).hexdigest()[:16]
+
+
+def pictures_of(items: list[Item], config: Learning) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (N, H, W, 3) to learn from and to validate with: those that validate in data.prepare, but that files
+    that cannot be used are counted too where there are more than it takes.  Errors: UserError."""
+    chosen = np.arange(len(items))
+    if len(items) > MOST:
+        chosen = np.sort(np.random.default_rng(0).permutation(len(items))[:MOST])
+    frame, found, numbers = Frame(config.size), [], []
+    for number in tqdm(chosen.tolist(), "read", unit=" files", disable=None):
+        for picture in usable([items[number]], frame):
+            numbers.append(number if len(items) > MOST else len(found))
+            found.append(picture)
+    held = validates(np.array(numbers, int), config.val)
     if not held.any() or held.all():
-        few = f"{source} has {len(found)} usable pictures, too few to validate --val {config.val} of them"
+        few = f"the source has {len(found)} usable pictures, too few to validate --val {config.val} of them"
         raise UserError(f"{few}: give it more")
-    pictures = np.stack(found)
-    return pictures[~held], pictures[held], listing
+    return np.stack(found)[~held], np.stack(found)[held]
 
 
 @dataclass(frozen=True)
@@ -456,13 +459,14 @@ class Frame(Codec):
 def learn(source: Path, out: Path, config: Learning) -> None:
     """Write OUT/vq.safetensors, report.json and grid.png from the pictures of SOURCE.  Errors: UserError."""
     out.mkdir(parents=True, exist_ok=True)
-    learned_from, held, listing = pictures_of(source, config)
-    settings = {**asdict(config), "listing": listing}
-    if (out / "report.json").exists():
+    items = [*find_items(source)]
+    settings = {**asdict(config), "listing": listing_of(items)}
+    if (out / "report.json").exists() and (out / FILE).exists():
         if changed := differences(read_json(out / "report.json").get("settings", {}), settings):
             raise UserError(f"{out} was learned otherwise ({changed}): choose another folder, or delete this one")
         print(f"{out} is learned already")
         return
+    learned_from, held = pictures_of(items, config)
     state, errors, started = State(out, config, settings, best_device()), [], time.perf_counter()
     network, before = state.network, state.seconds
     parameters = sum(weight.numel() for weight in network.parameters())
@@ -484,7 +488,8 @@ def learn(source: Path, out: Path, config: Learning) -> None:
         "parameters": parameters,
         **evaluate(network, held),
     }
-    if report["used"] < FEW * config.codes and held.size:
+    shown = len(held) * (config.size >> config.halvings) ** 2  # codes, at most so many of which can be seen in use
+    if report["used"] < FEW * min(config.codes, shown):
         few = f"{report['used']} of {config.codes:,} codes are used: the codebook has collapsed"
         print(f"warning: {few}, or the pictures are too simple for it; lower --lr or --codes, or take more pictures")
     shown = held[:: -(-len(held) // 10)][:10]
@@ -527,6 +532,8 @@ def main(arguments: list[str] | None = None) -> None:
     for folder in filter(None, (flags.source, flags.test)):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: name a folder of pictures or of .tar files")
+    if flags.out.resolve().is_relative_to(flags.source.resolve()):
+        raise UserError(f"{flags.out} lies in {flags.source}, whose files it would count as its own: choose another")
     with claim(flags.out, wait=True):
         learn(flags.source, flags.out, config)
         if flags.test:

@@ -7,9 +7,9 @@
     python -m studies.compare out/compare --data eurosat --config photos --steps 6000 -- --compile --lr 0.004
 
 DATA holds the folders `train` and `test` of pictures.  For each codec, and with nothing but the codec different: learn
-it, prepare, train the same Llama, sample, complete the pictures of `test`, and measure.  Each codec is trained twice:
-with as many FLOPs as JPEG, and on as many pictures as JPEG (as in the paper, section 4).  What comes after `--` goes to
-train.py.
+it, prepare, train the same Llama, sample, complete the pictures of `test`, and measure.  The others are trained
+twice: with as many FLOPs as JPEG, and on as many pictures (as in the paper, section 4), in both cases without what
+learning a codebook takes.  What comes after `--` goes to train.py.
 
 The same command continues; it may ask for more seeds.  OUT/table.md, table.json and grid.png are the result,
 OUT/commands.txt what was run, OUT/logs what that said.
@@ -35,6 +35,7 @@ from plumbing.run import claim, read_lines
 from plumbing.weights import model_config
 from studies.contest import (
     CONTENDERS,
+    DECIDED,
     DIMS,
     FREE_COUNT,
     HALF,
@@ -47,7 +48,7 @@ from studies.contest import (
     opened,
     settings_of,
 )
-from studies.steps import Step, Stopped
+from studies.steps import Step, Stopped, refuse_decided
 from train import parse as parse_training
 
 # --- the tables -----------------------------------------------------------------------------------------------------
@@ -74,7 +75,9 @@ def write_tables(study: Study) -> str:
     models = [(name, setting) for name in study.codecs for setting in settings_of(name)]
     there = [model for model in models if row_path(study, *model).exists()]
     rows = [read_json(row_path(study, *model)) for model in there]
-    table = {"measure": measure(study), "keep": study.keep, "rows": rows, "reductions": reductions(rows, study.keep)}
+    table = {"measure": measure(study), "keep": study.keep, "rows": rows, "reductions": {}}
+    if study.config.count > DIMS:  # KID may be 0, or below
+        table["reductions"] = reductions(rows, study.keep)
     if study.config.tail and there == models:
         table["tail"] = tail_of(study)
     write_json(study.out / "table.json", table)
@@ -91,9 +94,16 @@ def measure(study: Study) -> str:
 def distance(study: Study, a: Path, b: Path) -> float:
     """FID; KID where there are fewer pictures than features, for then FID says little."""
     a, b = (fid.open_set(path, DIMS) for path in (a, b))
-    if study.config.count > DIMS:
-        return fid.frechet_distance(a, b)
-    return 1000 * fid.kernel_distance(a.features, b.features)[0]
+    return fid.frechet_distance(a, b) if study.config.count > DIMS else kernel_distance(a.features, b.features)
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """KID x 1000 of as many pictures each, as in fid.py, but over all of them at once; and without the pairs of a
+    picture and what was made of it, which stand at the same place in both and are more alike than chance has it."""
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
+    mean = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))  # noqa: E731
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return 1000 * float(mean(kernel(a, a)) + mean(kernel(b, b)) - 2 * mean(kernel(a, b)))
 
 
 def row_of(study: Study, name: str, setting: str) -> dict:
@@ -104,12 +114,16 @@ def row_of(study: Study, name: str, setting: str) -> dict:
     bits = [record["val_bits_per_file"] for record in log if "val_bits_per_file" in record]
     row = {"codec": name, "setting": setting, "title": contender.title, **asdict(plan), "data": plan.data.name}
     row |= {"flops": plan.flops, "pictures": round(plan.pictures), "parameters": parameters_of(run)}
-    row |= {"file_bits": (plan.length - 2) * math.log2(codec.symbols), "model_bits": bits[-1], "best_bits": min(bits)}
+    val = [shard for key, shard in read_json(plan.data / "report.json")["shards"].items() if key.startswith("val")]
+    symbols = sum(shard["symbols"] for shard in val) / sum(shard["documents"] for shard in val)
+    row |= {"file_bits": symbols * math.log2(codec.symbols), "model_bits": bits[-1], "best_bits": min(bits)}
     row["training_seconds"] = plan.steps * plan.batch * plan.context / speed
     sampled = samples / "seed-0" / f"{study.config.count - 1:05d}{codec.suffix}"
-    row["sampling_seconds"] = times[sampled.relative_to(study.out).as_posix()]
-    wrong = samples / "free" / "invalid.txt"
-    row["valid_without_grammar"] = 1 - (len(wrong.read_text().splitlines()) if wrong.exists() else 0) / FREE_COUNT
+    row["sampling_seconds"] = times.get(sampled.relative_to(study.out).as_posix(), math.nan)
+    learned, wrong = study.out / "vq" / contender.data / "report.json", samples / "free" / "invalid.txt"
+    row["codebook_seconds"] = read_json(learned)["seconds"] if learned.exists() else 0
+    invalid = {line.split("\t")[0] for line in wrong.read_text().splitlines()} if wrong.exists() else set()
+    row["valid_without_grammar"] = 1 - len(invalid) / FREE_COUNT
 
     originals, back, seeds = study.features("whole"), study.features(contender.data, "whole"), range(study.config.seeds)
     row["floor"] = distance(study, back, originals)
@@ -161,8 +175,8 @@ def tail_of(study: Study) -> dict:
         ]
         for each in found:
             rows = np.flatnonzero(classes == each)[:fewest]
-            kids = [fid.kernel_distance(features[rows], originals[rows])[0] for features in sets]
-            found[each][name] = 1000 * float(np.mean(kids))
+            kids = [kernel_distance(features[rows], originals[rows]) for features in sets]
+            found[each][name] = float(np.mean(kids))
     correlations = {}
     rarity = -np.log([each["pictures"] for each in found.values()])
     for name in study.codecs:
@@ -193,7 +207,7 @@ def in_words(study: Study, table: dict) -> str:
         ]
     for setting, title in SETTINGS.items():
         shown = [row for row in rows if row["setting"] == setting or len(settings_of(row["codec"])) == 1]
-        lines += [f"{title.capitalize()} as JPEG: {table['measure']}, {study.config.count:,} pictures", ""]
+        lines += [f"{title[0].upper()}{title[1:]} as JPEG: {table['measure']}, {study.config.count:,} pictures", ""]
         lines += results(shown, keep) + costs(shown) + to_round_trip(shown, keep)
     for other, share in table["reductions"].items():
         lines.append(f"- completions by JPEG: {share:.1%} lower than by {other} (the paper: 31% than by VQ)")
@@ -220,13 +234,15 @@ def results(rows: list[dict], keep: list[float]) -> list[str]:
 
 
 def costs(rows: list[dict]) -> list[str]:
-    head = ["codec", "weights", "steps x rows x tokens", "pictures", "PFLOP", "training, min", "sampling, s"]
+    head = ["codec", "weights", "steps x rows x tokens", "pictures", "PFLOP", "codebook, min", "training, min"]
+    head += ["sampling, s", "valid without grammar"]
     found = []
     for row in rows:
         cells = [row["title"], f"{row['parameters']:,}", f"{row['steps']:,} x {row['batch']} x {row['context']:,}"]
-        cells += [f"{row['pictures']:,}", f"{row['flops'] / 1e15:.3g}", f"{row['training_seconds'] / 60:.0f}"]
+        cells += [f"{row['pictures']:,}", f"{row['flops'] / 1e15:.3g}"]
+        cells += [f"{row['codebook_seconds'] / 60:.0f}", f"{row['training_seconds'] / 60:.0f}"]
         found.append([*cells, f"{row['sampling_seconds']:.0f}", f"{row['valid_without_grammar']:.0%}"])
-    return table_of([*head, "valid without grammar"], found)
+    return table_of(head, found)
 
 
 def to_round_trip(rows: list[dict], keep: list[float]) -> list[str]:
@@ -337,14 +353,15 @@ def main(arguments: list[str] | None = None) -> None:
             )
     if len({data.name for data in flags.data}) < len(flags.data):
         raise UserError(f"--data {' '.join(map(str, flags.data))}: two folders of one name, so rename one")
+    refuse_decided(extra, DECIDED)
     parse_training(["--config", config.config, *extra])
-    several = len(flags.data) > 1
+    several, codecs = len(flags.data) > 1, [*dict.fromkeys(flags.codecs)]
     weights, studies = fid.weights_file(flags.weights), []
     with claim(flags.out):
         for data in flags.data:
             out = flags.out / data.name if several else flags.out
             out.mkdir(exist_ok=True)
-            studies.append(Study(out, data, config, flags.codecs, extra, weights))
+            studies.append(Study(out, data, config, codecs, extra, weights))
         try:
             for study in studies:
                 study.go(partial(row_step, study))

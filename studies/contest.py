@@ -1,6 +1,5 @@
 """Codecs side by side: what is compared, and the steps that takes."""
 
-import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -11,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from codec import load_tokenizer
-from data.prepare import usable
+from data.prepare import VIEWS, usable
 from data.sources import find_items
 from data.vq import Frame
 from plumbing.command import UserError, differences
 from plumbing.draw import save_pixels
-from plumbing.files import read_json, write_json
+from plumbing.files import digest, read_json, write_json
 from plumbing.plan import count, flops_of
-from studies.steps import Step, Work
+from studies.steps import Step, Work, training, words
 from train import parse as parse_training
 
 DIMS = 768  # features of the FID network; with fewer pictures KID is measured instead
@@ -27,7 +26,8 @@ HALF = 0.5
 TOP_P = (0.9, 0.95)  # tried beside 1
 ROW = 64  # contexts are multiples of it
 LEAST_ROW = 256  # tokens: of short documents, several to a row
-AT_ONCE = 256  # pictures that are sampled at once
+AT_ONCE, CACHE = 256, 4 << 30  # pictures that are sampled at once, if their keys and values take no more bytes
+DECIDED = "--config --data --out --context --batch --micro --steps --syntax --no-syntax --plan --export"
 FREE_COUNT = 64  # that are written without the grammar, to see how many are valid
 LOOK = 1e10  # FLOPs of the FID network for a picture, for the progress bar
 
@@ -71,10 +71,14 @@ class Comparison:
     jobs: int = 1  # codecs at work at once, on as many cores each as that leaves
 
     def __post_init__(self) -> None:
-        least = {"size": 16, "steps": 1, "tokens": 64, "vq_steps": 1, "count": 2, "seeds": 1, "jobs": 1}
+        least = {"size": 32, "steps": 1, "tokens": 64, "vq_steps": 1, "count": 2, "seeds": 1, "jobs": 1}
         for name, value in least.items():
             if not value <= getattr(self, name) < 2**31:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: choose {value} or more")
+        if self.size % 32 or self.views not in VIEWS:
+            raise UserError(
+                f"--size {self.size} --views {self.views}: choose a size in steps of 32, and views of {VIEWS}"
+            )
         if not 0 <= self.tail < 1:
             raise UserError(f"--tail is {self.tail}: choose a share below 1, such as 0.02, or 0 for all pictures")
 
@@ -93,6 +97,7 @@ class Plan:
     steps: int
     length: float  # tokens of a document, on average
     cost: int  # FLOPs of training on a token
+    at_once: int  # pictures that are sampled at once
 
     @property
     def flops(self) -> int:
@@ -124,11 +129,13 @@ class Study:
     def go(self, last: Callable[[str, str], Step]) -> None:
         """Do what is not done yet, with a last step for each model.  Errors: UserError; Stopped, when the user has had
         enough."""
-        self.open()
+        self.refuse_another()
         self.references()
+        write_json(self.out / "settings.json", self.settings)
         names = [*dict.fromkeys([REFERENCE, *self.codecs])]
         chains = {CONTENDERS[name].data: self.preparation(name) for name in names}
         self.work.do([*chains.values()], "prepare")
+        self.check_documents()
         common = [
             step for kind in self.kinds for step in self.look(self.test(kind), self.config.size, self.features(kind))
         ]
@@ -137,13 +144,16 @@ class Study:
         chains = [[*self.steps(*model), last(*model)] for model in models]
         self.work.do(sorted(chains, key=lambda steps: -sum(step.flops for step in steps)), "compare")
 
-    def open(self) -> None:
+    @cached_property
+    def settings(self) -> dict[str, object]:
+        given = {"codecs": self.codecs, "train": self.extra, "data": str(self.data.resolve())}
+        return {**asdict(self.config), **given, "weights": digest(self.weights)[:16]}
+
+    def refuse_another(self) -> None:
         """Errors: UserError, where OUT holds another comparison."""
-        settings = {**asdict(self.config), "codecs": self.codecs, "train": self.extra, "data": str(self.data.resolve())}
         path = self.out / "settings.json"
-        if path.exists() and (changed := differences(read_json(path), settings, FREE)):
+        if path.exists() and (changed := differences(read_json(path), self.settings, FREE)):
             raise UserError(f"{self.out} holds another comparison ({changed}): choose another folder, or delete it")
-        write_json(path, settings)
 
     # the pictures
 
@@ -195,17 +205,18 @@ class Study:
     # the steps
 
     def preparation(self, name: str) -> list[Step]:
-        contender = CONTENDERS[name]
+        contender, steps = CONTENDERS[name], []
         folder, network = self.out / "data" / contender.data, self.out / "vq" / contender.data
-        size, views, steps = contender.side or self.config.size, f"--views {self.config.views}", []
-        shape = f"--size {size}"
+        values = {"source": self.source, "folder": folder, "network": network, "views": self.config.views}
+        shape = f"--size {contender.side or self.config.size}"
         if contender.vq:
-            learn = f"-m data.vq {self.source} {network} {contender.vq} {shape} {views} --steps {self.config.vq_steps}"
-            steps, shape = [Step(network / "report.json", learn, 1e10 * self.config.vq_steps)], f"--network {network}"
+            learn = f"-m data.vq {{source}} {{network}} {contender.vq} {shape} --views {{views}} --steps {{steps}}"
+            learn = words(learn, steps=self.config.vq_steps, **values)
+            steps, shape = [Step(network / "report.json", learn, 1e10 * self.config.vq_steps)], "--network {network}"
         prepare = (
-            f"-m data.prepare {self.source} {folder} {contender.prepare} {shape} {views} --workers {self.work.cores}"
+            f"-m data.prepare {{source}} {{folder}} {contender.prepare} {shape} --views {{views}} --workers {{cores}}"
         )
-        return [*steps, Step(folder / "report.json", prepare, 1e13)]
+        return [*steps, Step(folder / "report.json", words(prepare, cores=self.work.cores, **values), 1e13)]
 
     def plan(self, name: str, setting: str) -> Plan:
         """As many FLOPs, or as many pictures, as the reference takes."""
@@ -216,43 +227,61 @@ class Study:
     def plan_a_step(self, name: str) -> Plan:
         """Rows hold the longest document, and a step about as many tokens for all.  What looking up embeddings takes is
         not counted."""
-        data = self.out / "data" / CONTENDERS[name].data
+        data, contender = self.out / "data" / CONTENDERS[name].data, CONTENDERS[name]
         shards = [shard for key, shard in read_json(data / "report.json")["shards"].items() if key.startswith("train")]
-        longest = max(shard["longest"] for shard in shards)
-        context = max(LEAST_ROW, -(-longest // ROW) * ROW)
+        context = max(LEAST_ROW, -(-max(shard["longest"] for shard in shards) // ROW) * ROW)
         batch, tokenizer = max(1, round(self.config.tokens / context)), load_tokenizer(data)
-        config, _ = parse_training(["--config", self.config.config, *CONTENDERS[name].train.split(), *self.extra])
+        config, _ = parse_training(["--config", self.config.config, *contender.train.split(), *self.extra])
         micro = max(number for number in range(1, min(batch, config.micro) + 1) if batch % number == 0)
         sizes = tokenizer.grammar.sizes if config.syntax else ()
         config = replace(config, vocab=tokenizer.vocab, positions=sizes, context=context)
         computing = count(config)[0] - config.dim * (config.vocab + sum(sizes))
         length = sum(shard["tokens"] for shard in shards) / sum(shard["documents"] for shard in shards)
-        return Plan(data, context, batch, micro, 1, length, flops_of(config, computing))
+        cache = 2 * 4 * config.layers * config.kv_heads * (config.dim // config.heads) * context
+        at_once = max(1, min(AT_ONCE, CACHE // cache))
+        return Plan(data, context, batch, micro, 1, length, flops_of(config, computing), at_once)
+
+    def check_documents(self) -> None:
+        """Errors: UserError, where a picture is too small for some codecs, which then learn from fewer than others."""
+        counts = {}
+        for name in {CONTENDERS[name].data for name in [REFERENCE, *self.codecs]}:
+            shards = read_json(self.out / "data" / name / "report.json")["shards"].values()
+            counts[name] = sum(shard["documents"] for shard in shards)
+        if len({*counts.values()}) > 1:
+            listed = ", ".join(f"{name} {number:,}" for name, number in sorted(counts.items()))
+            advice = f"leave out of {self.data}/train what is smaller than --size {self.config.size}"
+            raise UserError(f"the codecs can use different numbers of pictures ({listed}): {advice}")
 
     def steps(self, name: str, setting: str) -> list[Step]:
         """All that is done for one trained model, in order."""
         plan, run, samples = self.plan(name, setting), self.run_of(name, setting), self.samples_of(name, setting)
-        flags = shlex.join([*CONTENDERS[name].train.split(), *self.extra])
-        train = f"train.py --config {self.config.config} --data {plan.data} --out {run} --context {plan.context} "
-        train += f"--batch {plan.batch} --micro {plan.micro} --steps {plan.steps} {flags}"
-        steps = [Step(run / f"step_{plan.steps:08d}", train, plan.flops)]
+        flags = [*CONTENDERS[name].train.split(), *self.extra]
+        train = (
+            "train.py --config {config} --data {data} --out {run} --context {context} --batch {batch} --micro {micro} "
+        )
+        values = asdict(plan) | {"config": self.config.config, "run": run}
+        steps = [training(run, plan.steps, [*words(train + "--steps {steps}", **values), *flags], plan.flops)]
         write, pictures = plan.cost / 3 * plan.length, self.config.count  # FLOPs of a picture
-        codec, side = load_tokenizer(plan.data).codec, CONTENDERS[name].side or self.config.size
-        last = f"{pictures - 1:05d}{codec.suffix}"
-        free = f"sample.py {run} --free --count {FREE_COUNT} --to {samples / 'free'}"
-        steps.append(Step(samples / "free" / f"{FREE_COUNT - 1:05d}{codec.suffix}", free, write * FREE_COUNT))
+        suffix, side = load_tokenizer(plan.data).codec.suffix, CONTENDERS[name].side or self.config.size
+
+        def sample(to: Path, last: Path, count: int, how: str, **more: object) -> Step:
+            command = words(f"sample.py {{run}} --batch {plan.at_once} --to {{to}} {how}", run=run, to=to, **more)
+            return Step(last, command, write * count)
+
+        to, free = samples / "free", f"--free --count {FREE_COUNT}"
+        steps.append(sample(to, to / f"{FREE_COUNT - 1:05d}{suffix}", FREE_COUNT, free))
         for to, how in self.draws():
-            sample = f"sample.py {run} --count {pictures} --batch {AT_ONCE} --to {samples / to} {how}"
-            steps.append(Step(samples / to / last, sample, write * pictures))
+            last = samples / to / f"{pictures - 1:05d}{suffix}"
+            steps.append(sample(samples / to, last, pictures, f"--count {pictures} {how}"))
             steps += self.look(samples / to, side, self.features(f"{name}-{setting}", to))
         for kind, seed, keep in self.completions():
-            to = samples / f"{kind}-{seed}"
-            sample = f"sample.py {run} --prompt {self.test(kind)} --keep {' '.join(map(str, keep))} --seed {seed}"
-            made, share = to / f"keep_{keep[-1]}" / last, sum(1 - each for each in keep)
-            steps.append(Step(made, f"{sample} --batch {AT_ONCE} --to {to}", write * pictures * share))
-            for each in keep:
-                features = self.features(f"{name}-{setting}", f"{kind}-{seed}-{each}")
-                steps += self.look(to / f"keep_{each}", side, features)
+            to, ratios = samples / f"{kind}-{seed}", " ".join(map(str, keep))
+            last, share = to / f"keep_{keep[-1]}" / f"{pictures - 1:05d}{suffix}", sum(1 - ratio for ratio in keep)
+            how = f"--prompt {{prompt}} --keep {ratios} --seed {seed}"
+            steps.append(sample(to, last, pictures * share, how, prompt=self.test(kind)))
+            for ratio in keep:
+                features = self.features(f"{name}-{setting}", f"{kind}-{seed}-{ratio}")
+                steps += self.look(to / f"keep_{ratio}", side, features)
             steps += self.look(to / "roundtrip", side, self.features(CONTENDERS[name].data, kind))
         return steps
 
@@ -265,13 +294,9 @@ class Study:
 
     @cached_property
     def keep(self) -> list[float]:
-        """Those shares of a picture that all codecs can keep, which is done in rows.  Errors: UserError."""
-        folders = {self.out / "data" / CONTENDERS[name].data for name in self.codecs}
-        parts = [load_tokenizer(folder).codec.parts for folder in folders]
-        keep = [each for each in KEEP if all((each * rows).is_integer() for rows in parts)]
-        if HALF not in keep:
-            raise UserError(f"--size is {self.config.size}: choose one that is a multiple of 32")
-        return keep
+        """Those shares of a picture that JPEG can keep, whose rows are the coarsest."""
+        rows = load_tokenizer(self.out / "data" / CONTENDERS[REFERENCE].data).codec.parts
+        return [each for each in KEEP if (each * rows).is_integer()]
 
     def completions(self) -> Iterator[tuple[str, int, list[float]]]:
         """Which pictures are completed, with which seed, from how much of them."""
@@ -285,7 +310,8 @@ class Study:
         steps, large = [], folder.with_name(f"{folder.name}-large")
         if side != self.config.size:
             steps, folder = [Step(large, partial(enlarge, folder, large, self.config.size), 1e11)], large
-        look = f"fid.py {folder} --save {features} --dims {DIMS} --weights {self.weights}"
+        look = f"fid.py {{folder}} --save {{features}} --dims {DIMS} --weights {{weights}}"
+        look = words(look, folder=folder, features=features, weights=self.weights)
         return [*steps, Step(features, look, LOOK * self.config.count)]
 
     def run_of(self, name: str, setting: str) -> Path:
@@ -336,6 +362,8 @@ def opened(path: Path, size: int) -> np.ndarray:
 def long_tail(source: Path, to: Path, share: float) -> Path:
     """Links to some pictures of each class: all of the most frequent, `share` of them of the rarest, and between the
     two as a geometric series; which class is how frequent is drawn.  Errors: UserError."""
+    if to.exists():
+        return to
     classes = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 3:
         raise UserError(
@@ -344,12 +372,13 @@ def long_tail(source: Path, to: Path, share: float) -> Path:
     order, part = np.random.default_rng(0).permutation(len(classes)), to.with_name(f"{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     for place, number in enumerate(order.tolist()):
-        files = sorted(path for path in classes[number].rglob("*") if path.is_file())
-        wanted = max(1, round(len(files) * share ** (place / (len(classes) - 1))))
-        (part / classes[number].name).mkdir(parents=True)
+        items, folder = [*find_items(classes[number])], part / classes[number].name
+        if not items:
+            raise UserError(f"{classes[number]} is empty: delete it, or put pictures of the class there")
+        folder.mkdir(parents=True)
+        wanted = max(1, round(len(items) * share ** (place / (len(classes) - 1))))
         for i in range(wanted):
-            path = files[i * len(files) // wanted]
-            (part / classes[number].name / f"{i:05d}{path.suffix}").symlink_to(path.resolve())
-    shutil.rmtree(to, ignore_errors=True)
+            path = Path(items[i * len(items) // wanted].path)
+            (folder / f"{i:05d}{path.suffix}").symlink_to(path.resolve())
     part.rename(to)
     return to

@@ -10,7 +10,6 @@ of Hoffmann et al. 2022, arXiv:2203.15556).  What comes after `--` goes to train
 """
 
 import math
-import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +24,13 @@ from plumbing.draw import draw_curves, save_image
 from plumbing.files import read_json, write_json, write_whole
 from plumbing.plan import count, flops_of
 from plumbing.run import claim, read_lines
-from studies.steps import Step, Stopped, Work
+from studies.steps import Step, Stopped, Work, refuse_decided, training, words
 from train import Config
 from train import parse as parse_training
 
+DECIDED = (
+    "--config --data --out --steps --every --samples --lr --dim --layers --heads --kv-heads --hidden --plan --export"
+)
 SHARES = (0.25, 0.5, 1)  # of the steps; the learning rates are tried on the first
 
 
@@ -96,9 +98,9 @@ class Scaling:
 
     def step(self, size: Size, share: float, rate: float) -> Step:
         run, steps = self.run(size, share, rate), self.steps_of(share)
-        train = f"train.py --config small --data {self.data} --out {run} {size.flags} --lr {rate} --steps {steps} "
-        train += f"--every {steps} --samples 1 {shlex.join(self.extra)}"
-        return Step(run / f"step_{steps:08d}", train, self.flops(size, share))
+        train = f"train.py --config small --data {{data}} --out {{run}} {size.flags} --lr {rate} --steps {steps} "
+        train += f"--every {steps} --samples 1"
+        return training(run, steps, [*words(train, data=self.data, run=run), *self.extra], self.flops(size, share))
 
     def bits(self, size: Size, share: float, rate: float) -> float:
         log = read_lines(self.run(size, share, rate) / "log.jsonl")
@@ -193,11 +195,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--{name} is {value}: choose 1 or more")
     if not all(0 < rate < math.inf for rate in flags.lr):
         raise UserError(f"--lr is {' '.join(map(str, flags.lr))}: choose numbers above 0")
+    refuse_decided(extra, DECIDED)
     load_tokenizer(flags.data)
     parse_training(["--config", "small", *extra])
     with claim(flags.out):
         try:
-            Scaling(flags.out, flags.data, flags.steps, flags.lr, extra, flags.jobs).go()
+            Scaling(flags.out, flags.data, flags.steps, [*dict.fromkeys(flags.lr)], extra, flags.jobs).go()
         except Stopped:
             print(f"{flags.out}: stopped, and the same command continues")
 

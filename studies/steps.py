@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -25,9 +26,30 @@ from plumbing.run import Stop
 
 @dataclass
 class Step:
-    made: Path  # is there when it is done
-    run: str | Callable[[], None]  # arguments of Python, or a call
+    made: Path  # is there when it is done, and
+    run: list[str] | Callable[[], None]  # arguments of Python, or a call
     flops: float  # about, for the progress bar
+    also: tuple[Path, ...] = ()  # these are
+
+    @property
+    def done(self) -> bool:
+        return all(map(Path.exists, (self.made, *self.also)))
+
+
+def words(text: str, **values: object) -> list[str]:
+    """The words of a command, into which values are put as they are, spaces and all."""
+    return [word.format(**values) for word in text.split()]
+
+
+def training(run: Path, steps: int, command: list[str], flops: float) -> Step:
+    """A training is done when its last checkpoint is there, and the grid that comes after its last evaluation."""
+    return Step(run / f"step_{steps:08d}", command, flops, (run / "grids" / f"{steps:06d}.png",))
+
+
+def refuse_decided(extra: list[str], decided: str) -> None:
+    """Errors: UserError, where flags for train.py would change what a study decides itself."""
+    if odd := [flag for flag in extra if flag.split("=")[0] in decided.split()]:
+        raise UserError(f"{odd[0]} after -- is decided by the study itself: leave it out")
 
 
 class Stopped(Exception):
@@ -41,11 +63,13 @@ class Work:
     def __init__(self, out: Path, jobs: int):
         self.out, self.jobs, self.cores = out, jobs, max(1, cores() // jobs)  # of each that is at work
         self.stop, self.lock, self.bar = Event(), Lock(), tqdm(disable=True)
+        self.making: defaultdict[Path, Lock] = defaultdict(Lock)  # two chains may have a step in common
 
     def do(self, chains: list[list[Step]], title: str) -> None:
         """Do chains of steps, `jobs` of them at once.  Errors: UserError; Stopped, also after SIGTERM and Ctrl-C."""
-        total = sum(step.flops for steps in chains for step in steps) / 1e12
-        self.bar = tqdm(None, title, total, unit=" TFLOP", disable=None, smoothing=0)
+        steps = [step for chain in chains for step in chain]
+        total, begun = (sum(step.flops for step in some) / 1e12 for some in (steps, [x for x in steps if x.done]))
+        self.bar = tqdm(None, title, total, initial=begun, unit=" TFLOP", disable=None, smoothing=0)
         with self.bar, Stop() as stop, ThreadPoolExecutor(self.jobs) as pool:
             waiting = [pool.submit(self.chain, steps) for steps in chains]
             while waiting:
@@ -54,16 +78,17 @@ class Work:
                 if errors or stop.asked < math.inf:
                     self.stop.set()
                     wait(waiting)
-                    errors += [error for each in waiting if (error := each.exception())]
-                    raise min(errors, key=lambda error: isinstance(error, Stopped), default=Stopped())
+                    raise errors[0] if errors and stop.asked == math.inf else Stopped
 
     def chain(self, steps: list[Step]) -> None:
         for step in steps:
-            if self.stop.is_set():
-                raise Stopped
             name = step.made.relative_to(self.out).as_posix()
-            self.bar.set_postfix_str(name)
-            if not step.made.exists():
+            with self.making[step.made]:
+                if step.done:
+                    continue
+                if self.stop.is_set():
+                    raise Stopped
+                self.bar.set_postfix_str(name)
                 step.made.parent.mkdir(parents=True, exist_ok=True)
                 begun = time.perf_counter()
                 try:
@@ -83,18 +108,17 @@ class Work:
         log = self.out / "logs" / f"{name.replace('/', '_')}.txt"
         log.parent.mkdir(exist_ok=True)
         with self.lock, open(self.out / "commands.txt", "a") as file:
-            file.write(f"python {step.run}\n")
+            file.write(f"python {shlex.join(step.run)}\n")
         threads = os.environ | {"OMP_NUM_THREADS": str(self.cores)}
         with open(log, "ab") as file:
-            child = subprocess.Popen([sys.executable, *shlex.split(step.run)], stdout=file, stderr=file, env=threads)
+            child = subprocess.Popen([sys.executable, *step.run], stdout=file, stderr=file, env=threads)
             while child.poll() is None:
                 if self.stop.wait(0.2):
                     child.terminate()
                     child.wait()
                     raise Stopped
-        if child.returncode or not step.made.exists():
+        if child.returncode or not step.done:
             lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
             said = next((line for line in reversed(lines) if line.strip()), "nothing")
-            raise UserError(
-                f"`python {step.run}` ended with {child.returncode} ({said}): see {log}, mend it, and go on"
-            )
+            command = f"python {shlex.join(step.run)}"
+            raise UserError(f"`{command}` ended with {child.returncode} ({said}): see {log}, mend it, and go on")

@@ -10,7 +10,6 @@ byte is guessed right if the likeliest token at the place where the true one beg
 import json
 import math
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +75,8 @@ HEAD = ["pixels", "codec", "tokens", "GFLOP of training", "of writing", "trainin
 def lengths(size: int, folder: Path, most: int) -> dict[str, tuple[float, int]]:
     """Tokens of a picture of size x size pixels by codec, start and end included, and the vocabulary."""
     jpeg = JPEG(size=size, restart=0)
-    pictures = [*islice(usable(find_items(folder), jpeg), most)]
+    items = [*find_items(folder)]
+    pictures = [*usable(items[:: max(1, len(items) // most)], jpeg)]  # spread evenly
     if not pictures:
         raise UserError(f"{folder} has no usable picture of {size} pixels: name larger ones, or give smaller --sizes")
     found = {
@@ -128,6 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse(arguments)
     if (flags.study == "costs") == bool(flags.runs) or flags.study == "costs" and not flags.data:
         raise UserError("accuracy needs run folders, and costs --data and a folder of pictures")
+    if flags.count < 1:
+        raise UserError(f"--count is {flags.count}: choose 1 or more")
     if flags.study == "accuracy":
         accuracies(flags.runs, flags.data)
     else:

@@ -25,7 +25,7 @@ from data.shapes import draw
 from data.stream import Stream
 from plumbing.command import UserError
 from plumbing.files import read_json
-from studies import compare, contest, scaling, tokens
+from studies import compare, contest, scaling, steps, tokens
 from studies.contest import CONTENDERS, KEEP, Comparison, Contender, Plan, Study, long_tail, shrunk
 from studies.steps import Step, Stopped, Work
 from tests.benchmark import random_state
@@ -45,12 +45,12 @@ TRAIN = "-- --dim 32 --layers 1 --heads 1 --kv-heads 1 --hidden 32 --samples 1".
 
 def here(work: Work, step: Step, name: str) -> None:
     """Run a command in this process, which spares the start of another."""
-    word, *arguments = shlex.split(step.run)
+    word, *arguments = step.run
     word, *arguments = [word, *arguments] if word != "-m" else arguments
     with open(work.out / "commands.txt", "a") as file:
-        file.write(f"{step.run}\n")
+        file.write(f"{shlex.join(step.run)}\n")
     MAIN[word](arguments)
-    assert step.made.exists(), step
+    assert step.done, step
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def weights(tmp_path_factory) -> Path:
 
 
 def in_turn(work: Work, chains: list[list[Step]], title: str) -> None:
-    for steps in chains:
-        work.chain(steps)
+    for chain in chains:
+        work.chain(chain)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_rows_hold_what_fid_py_says_of_the_folders(compared, weights, capsys):
     assert found["count"] == 6 and found["keep"] == "0.5"
     network = fid.load(weights, 64)
     sets = [fid.extract(fid.Images(path), network)[0] for path in (folder / "keep_0.5", compared / "test" / "whole")]
-    assert row["originals"]["0.5"] == [pytest.approx(1000 * fid.kernel_distance(*sets)[0])]
+    assert row["originals"]["0.5"] == [pytest.approx(compare.kernel_distance(*sets))]
     assert read_json(compared / "table.json")["measure"] == "KID x 1000"
     assert "fewer than 64 features: KID x 1000 instead of FID" in (compared / "table.md").read_text()
 
@@ -193,7 +193,7 @@ def test_a_long_tail_is_compared_class_by_class(compared, data, weights, quick, 
     found, originals = compare.tail_of(study), fid.open_set(study.features("whole"), 64).features
     assert read_json(compared / "classes.json")["classes"] == ["a", "a", "b", "b", "c", "c"] and found["count"] == 2
     completed = fid.open_set(study.features("jpeg-flops", "whole-0-0.5"), 64).features
-    assert found["classes"]["b"]["jpeg"] == pytest.approx(1000 * fid.kernel_distance(completed[2:4], originals[2:4])[0])
+    assert found["classes"]["b"]["jpeg"] == pytest.approx(compare.kernel_distance(completed[2:4], originals[2:4]))
     assert sorted(each["pictures"] for each in found["classes"].values()) == [2, 6, 20]
     rarity = [-math.log(each["pictures"]) for each in found["classes"].values()]
     gap = [each["jpeg"] - each["vq8"] for each in found["classes"].values()]
@@ -239,6 +239,31 @@ def test_small_things_lie_in_the_middle_of_black():
     assert (small[8:24, 8:24] == 200).all() and small.sum() == 16 * 16 * 3 * 200
 
 
+def test_a_kernel_distance_knows_no_pairs():
+    """Of the same pictures in the same order it is as far below 0 as the mean allows; of others, that of fid.py."""
+    a, b = np.random.default_rng(0).normal(size=(2, 40, 8))
+    k = lambda x, y: (x @ y / 8 + 1) ** 3  # noqa: E731
+    others = [(i, j) for i in range(40) for j in range(40) if i != j]
+    expected = [k(a[i], a[j]) + k(b[i], b[j]) - 2 * k(a[i], b[j]) for i, j in others]
+    assert compare.kernel_distance(a, b) == pytest.approx(1000 * np.mean(expected))
+    assert compare.kernel_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("flag", ["--batch", "--steps=4", "--no-syntax"])
+def test_flags_that_a_comparison_decides_are_refused(flag, data, weights, tmp_path):
+    with pytest.raises(UserError, match="after -- is decided by the study itself"):
+        compare.main(arguments(tmp_path, data, weights, train=["--", flag, "8"]))
+
+
+def test_a_training_without_its_last_evaluation_is_not_done(tmp_path):
+    step = steps.training(tmp_path, 4, [], 1.0)
+    step.made.mkdir()
+    assert not step.done
+    (tmp_path / "grids").mkdir()
+    (tmp_path / "grids" / "000004.png").touch()
+    assert step.done
+
+
 def test_a_reduction_is_the_mean_of_those_at_each_ratio():
     rows = [
         {
@@ -252,14 +277,14 @@ def test_a_reduction_is_the_mean_of_those_at_each_ratio():
 
 
 def test_a_plan_counts_flops_and_pictures():
-    plan = Plan(Path(), context=256, batch=8, micro=4, steps=10, length=64.0, cost=1000)
+    plan = Plan(Path(), context=256, batch=8, micro=4, steps=10, length=64.0, cost=1000, at_once=1)
     assert plan.flops == 10 * 8 * 256 * 1000 and plan.pictures == 10 * 8 * 256 / 64
 
 
 def test_a_command_that_fails_is_named_with_its_last_words(tmp_path, monkeypatch):
     monkeypatch.setattr(Work, "do", DO)
     monkeypatch.setattr(Work, "command", COMMAND)
-    step = Step(tmp_path / "x", "train.py --lr nan", 1.0)
+    step = Step(tmp_path / "x", ["train.py", "--lr", "nan"], 1.0)
     with pytest.raises(UserError, match=r"`python train.py --lr nan` ended with 2 \(error: --lr is nan"):
         Work(tmp_path, 1).do([[step]], "try")
 
@@ -272,7 +297,7 @@ def test_work_that_is_told_to_stop_ends_its_commands(tmp_path, monkeypatch):
     timer.start()
     with pytest.raises(Stopped):
         Work(tmp_path, 2).do(
-            [[Step(tmp_path / name, "-c 'import time; time.sleep(60)'", 1.0)] for name in "abc"], "try"
+            [[Step(tmp_path / name, ["-c", "import time; time.sleep(60)"], 1.0)] for name in "abc"], "try"
         )
     assert time.monotonic() - begun < 20 and len(read_json(tmp_path / "times.json")) == 2
 
@@ -283,6 +308,8 @@ def test_work_that_is_told_to_stop_ends_its_commands(tmp_path, monkeypatch):
         (["--tail", "1"], "--tail is 1.0: choose a share below 1"),
         (["--count", "1000", "--size", "32"], "has 12 usable pictures of 32 pixels, not --count 1000: lower it"),
         (["--codecs", "gif"], "invalid choice: 'gif'"),
+        (["--size", "48"], "choose a size in steps of 32"),
+        (["--views", "3"], "--views 3: choose"),
         (["--seeds", "0"], "--seeds is 0: choose 1 or more"),
     ],
 )

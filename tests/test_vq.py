@@ -1,5 +1,6 @@
 """What data/vq.py promises: nearest codes, total decoding, exact resume, a collapse that is said, codes that travel."""
 
+import json
 import pickle
 import shutil
 from collections import Counter
@@ -16,10 +17,12 @@ import sample
 from codec import Tokenizer, load_tokenizer, save_tokenizer
 from data import prepare, vq
 from data.shapes import draw
+from data.sources import find_items
 from data.stream import Stream
 from data.vq import VQ, Codebook, Learning, Network, NetworkConfig
 from plumbing.command import UserError
 from plumbing.files import read_json
+from plumbing.weights import write_safetensors
 from tests.conftest import RUN
 from train import parse, train
 
@@ -173,7 +176,7 @@ def test_a_codebook_that_collapses_is_said(tmp_path, capsys):
 
 def test_learning_lowers_the_error(learned, photos):
     """From what an untrained network makes of them, by 3 dB at least in 60 steps."""
-    pictures, _, _ = vq.pictures_of(photos, Learning(**SMALL))
+    pictures, _ = vq.pictures_of([*find_items(photos)], Learning(**SMALL))
     state = vq.State(learned / "nowhere", Learning(**SMALL | {"codes": 64}, steps=60), {}, torch.device("cpu"))
     errors = [state.advance(vq.batch_of(pictures, step, state.config)) for step in range(60)]
     assert vq.decibels(torch.cat(errors[-5:])) > vq.decibels(torch.cat(errors[:3])) + 3
@@ -225,6 +228,25 @@ def _model(run: Path) -> tuple:
 def test_settings_that_cannot_be_are_refused(given, said, photos, tmp_path):
     with pytest.raises(UserError, match=said):
         vq.main([str(photos), str(tmp_path), *given])
+
+
+def test_of_very_many_pictures_some_are_drawn_and_the_same_validate(photos, monkeypatch):
+    """Those that data.prepare holds back are never learned from."""
+    items, config = [*find_items(photos)], Learning(**SMALL, val=0.1)
+    learned, held = vq.pictures_of(items, config)
+    assert [len(learned), len(held)] == [54, 6]
+    monkeypatch.setattr(vq, "MOST", 40)
+    fewer, others = vq.pictures_of(items, config)
+    assert len(fewer) + len(others) == 40 and len(others)
+    assert {x.tobytes() for x in fewer} <= {x.tobytes() for x in learned}
+    assert {x.tobytes() for x in others} <= {x.tobytes() for x in held}
+
+
+def test_a_small_file_that_says_it_is_large_allocates_nothing(codec, tmp_path):
+    about = {"network": json.dumps({"size": 64, "width": 1024, "blocks": 64, "code_dim": 256})}
+    write_safetensors(tmp_path / vq.FILE, codec.learned.state_dict(), about)
+    with pytest.raises(UserError, match="holds no network of this version"):
+        VQ(str(tmp_path))
 
 
 def test_a_vq_without_its_network_says_what_to_do(photos, tmp_path):
