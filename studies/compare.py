@@ -1,18 +1,18 @@
 """The paper's comparison, at a size anyone can run: JPEG-LM against VQ and pixels.
 
-    python -m studies.compare out/compare --data eurosat --views 8          # hours on a CPU; FILE as for fid.py:
-    python -m studies.compare out/compare --data eurosat --views 8 --weights FILE --seeds 3 --small
+    python -m studies.compare out/compare --data eurosat --views 8                      # hours on a CPU
+    python -m studies.compare out/compare --data eurosat --views 8 --seeds 3 --small    # then more of the same
     python -m studies.compare out/tail --data eurosat --views 8 --tail 0.02 --codecs jpeg vq8 vq4
-    python -m studies.compare out/kinds --data eurosat cifar10 plots --size 32 --codecs jpeg vq4
-    python -m studies.compare out/compare --data eurosat --config photos --steps 6000 -- --compile --lr 0.004
+    python -m studies.compare out/kinds --data satellite photos plots --size 32 --codecs jpeg vq4
+    python -m studies.compare out/larger --data eurosat --views 8 --config photos --steps 6000 -- --compile
 
-DATA holds the folders `train` and `test` of pictures.  For each codec, and with nothing but the codec different: learn
-it, prepare, train the same Llama, sample, complete the pictures of `test`, and measure.  The others are trained
-twice: with as many FLOPs as JPEG, and on as many pictures (as in the paper, section 4), in both cases without what
+DATA holds `train` and `test`, folders of pictures.  For each codec, and with nothing but the codec different: learn it,
+prepare, train the same Llama, sample, complete the pictures of `test`, and measure.  JPEG is trained once, each other
+codec twice: with as many FLOPs, and on as many pictures (as in the paper, section 4), in both cases without what
 learning a codebook takes.  What comes after `--` goes to train.py.
 
-The same command continues; it may ask for more seeds.  OUT/table.md, table.json and grid.png are the result,
-OUT/commands.txt what was run, OUT/logs what that said.
+The same command continues.  OUT/table.md, table.json and grid.png are the result so far, OUT/commands.txt is what was
+run, OUT/logs what that said.
 """
 
 import math
