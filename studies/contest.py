@@ -27,7 +27,7 @@ TOP_P = (0.9, 0.95)  # tried beside 1
 ROW = 64  # contexts are multiples of it
 LEAST_ROW = 256  # tokens: of short documents, several to a row
 AT_ONCE, CACHE = 256, 4 << 30  # pictures that are sampled at once, if their keys and values take no more bytes
-DECIDED = "--config --data --out --context --batch --micro --steps --syntax --no-syntax --plan --export"
+DECIDED = "--config --data --out --context --batch --steps --syntax --no-syntax --plan --export"
 FREE_COUNT = 64  # that are written without the grammar, to see how many are valid
 LOOK = 1e10  # FLOPs of the FID network for a picture, for the progress bar
 
@@ -255,12 +255,16 @@ class Study:
     def steps(self, name: str, setting: str) -> list[Step]:
         """All that is done for one trained model, in order."""
         plan, run, samples = self.plan(name, setting), self.run_of(name, setting), self.samples_of(name, setting)
-        flags = [*CONTENDERS[name].train.split(), *self.extra]
-        train = (
-            "train.py --config {config} --data {data} --out {run} --context {context} --batch {batch} --micro {micro} "
-        )
-        values = asdict(plan) | {"config": self.config.config, "run": run}
-        steps = [training(run, plan.steps, [*words(train + "--steps {steps}", **values), *flags], plan.flops)]
+        flags, values = [*CONTENDERS[name].train.split(), *self.extra], asdict(plan) | {"run": run}
+        train = "--data {data} --out {run} --context {context} --batch {batch} --micro {micro} --steps {steps}"
+        command = [
+            "train.py",
+            "--config",
+            self.config.config,
+            *flags,
+            *words(train, **values),
+        ]  # a later --micro counts
+        steps = [training(run, plan.steps, command, plan.flops)]
         write, pictures = plan.cost / 3 * plan.length, self.config.count  # FLOPs of a picture
         suffix, side = load_tokenizer(plan.data).codec.suffix, CONTENDERS[name].side or self.config.size
 
