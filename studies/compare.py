@@ -273,35 +273,36 @@ def long_tail(study: Study, tail: dict) -> list[str]:
     return [*lines, ""]
 
 
-SHOWN = 8  # pictures of each kind in a row of the grid
+SHOWN, LEFT, TOP = 8, 250, 26  # pictures of each kind in a row of the grid; pixels for the names beside and above them
 
 
 def picture(study: Study, models: list[tuple[str, str]]) -> Image.Image:
-    """A row for each model: free samples, and pictures completed from their upper half; at the top what these were."""
+    """A row for each model: what it writes by itself, and how it goes on with the upper half of pictures of the test set;
+    above it other pictures of the test set, and those."""
     size = study.config.size
-    scale = max(1, 64 // size)
-    side, left = size * scale, 250
-    sheet = Image.new("RGB", (left + 2 * SHOWN * (side + 2) + 16, (len(models) + 1) * (side + 6)), "white")
+    side = size * max(1, 64 // size)
+    half = LEFT + SHOWN * (side + 2) + 16
+    sheet = Image.new("RGB", (half + SHOWN * (side + 2), TOP + (len(models) + 1) * (side + 6)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for left, title in ((LEFT, "written by itself"), (half, "completed from the upper half")):
+        pen.text((left, 5), title, "black", font)
 
     def row(number: int, label: str, free: list[Path], completed: list[Path]) -> None:
-        top = number * (side + 6) + 3
+        top = TOP + number * (side + 6) + 3
         pen.multiline_text((8, top + 8), label, "black", font)
-        for at, path in [*enumerate(free), *enumerate(completed, SHOWN)]:
-            place = left + at * (side + 2) + 16 * (at >= SHOWN), top
-            sheet.paste(Image.fromarray(opened(path, size)).resize((side, side), Image.Resampling.NEAREST), place)
+        for left, paths in ((LEFT, free), (half, completed)):
+            for at, path in enumerate(paths):
+                shown = Image.fromarray(opened(path, size)).resize((side, side), Image.Resampling.NEAREST)
+                sheet.paste(shown, (left + at * (side + 2), top))
 
     every = max(1, study.config.count // SHOWN)
-    row(0, "from the test set", [], numbered(study.test("whole"))[::every][:SHOWN])
+    test = numbered(study.test("whole"))
+    row(0, "the test set", test[every // 2 :: every][:SHOWN], test[::every][:SHOWN])
     for number, (name, setting) in enumerate(models, 1):
         samples, label = study.samples_of(name, setting), CONTENDERS[name].title
         label += f"\n{SETTINGS[setting]} as JPEG" if len(settings_of(name)) > 1 else ""
-        row(
-            number,
-            label,
-            numbered(samples / "seed-0")[:SHOWN],
-            numbered(samples / "whole-0" / f"keep_{HALF}")[::every][:SHOWN],
-        )
+        completed = numbered(samples / "whole-0" / f"keep_{HALF}")[::every][:SHOWN]
+        row(number, label, numbered(samples / "seed-0")[:SHOWN], completed)
     return sheet
 
 

@@ -172,7 +172,7 @@ def test_all_pictures_are_compared_at_one_size(compared):
 
 def test_the_grid_has_a_row_for_each_model_and_one_for_the_originals(compared):
     grid = Image.open(compared / "grid.png")
-    assert grid.height == 6 * (64 + 6)
+    assert grid.height == 26 + 6 * (64 + 6)
     assert np.asarray(grid).std() > 10
 
 
