@@ -277,8 +277,8 @@ SHOWN, LEFT, TOP = 8, 250, 26  # pictures of each kind in a row of the grid; pix
 
 
 def picture(study: Study, models: list[tuple[str, str]]) -> Image.Image:
-    """A row for each model: what it writes by itself, and how it goes on with the upper half of pictures of the test set;
-    above it other pictures of the test set, and those."""
+    """A row for each model: what it writes by itself, and how it goes on with the upper half of pictures of the test
+    set; above it other pictures of the test set, and those."""
     size = study.config.size
     side = size * max(1, 64 // size)
     half = LEFT + SHOWN * (side + 2) + 16
