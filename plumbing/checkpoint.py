@@ -228,7 +228,7 @@ def read_model(checkpoint: Path, device: torch.device) -> tuple[Llama, Tokenizer
 
 def read_run(out: Path, device: torch.device) -> tuple[Llama, Tokenizer, Path]:
     """Model and tokens of a run's newest checkpoint, or of a Llama folder of Hugging Face; and where they were."""
-    if not any(out.glob("step_*")) and (any(out.glob("model*.safetensors")) or any(out.glob("pytorch_model*.bin"))):
+    if not any(out.glob("step_*")) and huggingface.weight_files(out):
         return *huggingface.read(out, device), out
     found = checkpoints(out)
     checkpoint = newest(found)

@@ -48,10 +48,16 @@ BYTE = 0x2800  # the character of byte 0: Braille patterns, one for each byte
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """In either format, without the network that a VQ's codec leaves beside them."""
+    found = [path for path in sorted(folder.glob("*.safetensors")) if path.name != "vq.safetensors"]
+    return found or sorted(folder.glob("pytorch_model*.bin"))
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, from one file or many, mapped where they can be.  Nothing in them is run."""
     state = {}
-    for path in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
+    for path in weight_files(folder):
         found = read_bin(path) if path.suffix == ".bin" else read_safetensors(path)[0]
         for name, tensor in found.items():
             if not tensor.is_floating_point():
@@ -60,7 +66,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 raise UserError(f"{folder} holds {name} twice, the second in {path.name}: keep one set of weights")
         state |= found
     if not state:
-        raise UserError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin): download them as well")
+        raise UserError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin): download them as well")
     return {name.removeprefix("model."): tensor for name, tensor in state.items() if "rotary_emb" not in name}
 
 

@@ -24,7 +24,7 @@ from plumbing.command import UserError
 from plumbing.files import read_json
 from plumbing.weights import write_safetensors
 from tests.conftest import RUN
-from train import parse, train
+from train import main, parse, train
 
 SMALL = {"size": 32, "width": 32, "blocks": 1, "codes": 16, "batch": 4, "warmup": 1}
 
@@ -213,6 +213,20 @@ def test_files_of_codes_are_prepared_learned_and_written(learned, photos, tmp_pa
 
 def _model(run: Path) -> tuple:
     return sample.read_run(run, torch.device("cpu"))[:2]
+
+
+def test_a_llama_of_codes_goes_to_hugging_face_and_back(learned, photos, tmp_path):
+    """Its network lies beside the weights, and is not taken for them; a run without checkpoints is no such folder."""
+    prepare.main([str(photos), str(tmp_path / "data"), "--codec", "vq", "--network", str(learned), "--val", "0.1"])
+    flags = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *RUN, "--no-syntax"]
+    train(parse(flags)[0])
+    main([*flags, "--export", str(tmp_path / "hf")])
+    (model, tokenizer), (other, theirs) = _model(tmp_path / "run"), _model(tmp_path / "hf")
+    assert tokenizer == theirs and all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    for path in (tmp_path / "run").glob("step_*"):
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        _model(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
