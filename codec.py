@@ -254,8 +254,34 @@ def standard_codes() -> jpeg.Codes:
 # --- pixels ---------------------------------------------------------------------------------------------------------
 
 
+class Counted(Codec):
+    """A codec whose pictures all have as many symbols: an array, from left to right and from top to bottom."""
+
+    suffix = ".png"
+    vocab = property(lambda self: self.symbols + 2)  # no pairs
+    places: tuple[int, ...]  # the symbols as an array: rows, columns and what else there is
+
+    def file(self, symbols: np.ndarray) -> bytes:
+        out = io.BytesIO()
+        Image.fromarray(self.decode(symbols)).save(out, "PNG")
+        return out.getvalue()
+
+    def check(self, symbols: np.ndarray) -> str | None:
+        if len(symbols) != np.prod(self.places):
+            return f"symbol {len(symbols)}: the end, where {' x '.join(map(str, self.places))} are due"
+        if (wrong := np.flatnonzero(symbols >= self.symbols)).size:
+            return f"symbol {wrong[0]}: {symbols[wrong[0]]}, but there are {self.symbols}"
+        return None
+
+    def head(self, symbols: np.ndarray, keep: float) -> np.ndarray:
+        return symbols[: round(self.kept(keep) * self.parts) * int(np.prod(self.places[1:]))]
+
+    def grammar(self) -> grammar.Table:
+        return grammar.counting(self.symbols, self.places)
+
+
 @dataclass(frozen=True)
-class Pixels(Codec):
+class Pixels(Counted):
     """Pixels from left to right and from top to bottom, as the paper's ImageGPT has them (Chen et al. 2020, section 3):
     each one symbol, a colour of a palette, or three, red, green and blue.  The smallest codec."""
 
@@ -263,7 +289,7 @@ class Pixels(Codec):
     colours: int = 512  # of the palette, which is learned on the data; 0: all, as three numbers a pixel
     palette: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)
 
-    name, suffix, part = "pixels", ".png", "rows of pixels"
+    name, part = "pixels", "rows of pixels"
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= 1024:
@@ -278,10 +304,6 @@ class Pixels(Codec):
     @property
     def symbols(self) -> int:
         return len(self.palette) if self.colours else 256
-
-    @property
-    def vocab(self) -> int:
-        return self.symbols + 2  # no pairs
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -320,24 +342,6 @@ class Pixels(Codec):
         pixels = np.full(np.prod(self.shape), 128, np.uint8)
         pixels[: len(known)] = known
         return pixels.reshape(self.shape)
-
-    def file(self, symbols: np.ndarray) -> bytes:
-        out = io.BytesIO()
-        Image.fromarray(self.decode(symbols)).save(out, "PNG")
-        return out.getvalue()
-
-    def check(self, symbols: np.ndarray) -> str | None:
-        if len(symbols) != np.prod(self.places):
-            return f"symbol {len(symbols)}: the end, where {' x '.join(map(str, self.places))} are due"
-        if (wrong := np.flatnonzero(symbols >= self.symbols)).size:
-            return f"symbol {wrong[0]}: {symbols[wrong[0]]}, but there are {self.symbols}"
-        return None
-
-    def head(self, symbols: np.ndarray, keep: float) -> np.ndarray:
-        return symbols[: round(self.kept(keep) * self.parts) * int(np.prod(self.places[1:]))]
-
-    def grammar(self) -> grammar.Table:
-        return grammar.counting(self.symbols, self.places)
 
 
 # --- byte pairs -----------------------------------------------------------------------------------------------------

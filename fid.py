@@ -461,6 +461,16 @@ def frechet_infinity(a: Statistics, b: Statistics, seed: int = 0, points: int = 
     return float(np.polyfit(inverse, [frechet_distance(subset(a, x), subset(b, x)) for x in inverse], 1)[1])
 
 
+def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(N, D) and (M, D) to (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def mean_of_others(k: np.ndarray) -> float:
+    """The mean of a square matrix without its diagonal, where each image stands beside itself."""
+    return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+
+
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, seed: int = 0, subsets: int = 100, size: int = 1000
 ) -> tuple[float, float]:
@@ -468,19 +478,11 @@ def kernel_distance(
 
     Binkowski et al. 2018, Demystifying MMD GANs (arXiv:1801.01401), section 4.  Unbiased: it may be below zero.
     """
-    rng, size = np.random.default_rng(seed), min(size, len(a), len(b))
-
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x: np.ndarray) -> float:
-        k = kernel(x, x)
-        return (k.sum() - np.trace(k)) / (size * (size - 1))
-
-    values = []
+    rng, size, values = np.random.default_rng(seed), min(size, len(a), len(b)), []
     for _ in range(subsets):
         x, y = (s[rng.choice(len(s), size, replace=False)].astype(np.float64) for s in (a, b))
-        values.append(within(x) + within(y) - 2 * kernel(x, y).mean())
+        within = mean_of_others(kernel(x, x)) + mean_of_others(kernel(y, y))
+        values.append(within - 2 * kernel(x, y).mean())
     return float(np.mean(values)), float(np.std(values))
 
 

@@ -17,7 +17,6 @@ Letters in shapes: B pictures, H rows, W columns, D numbers of a code, K codes.
 """
 
 import hashlib
-import io
 import json
 import math
 import tempfile
@@ -33,13 +32,11 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fid
-import grammar
-from codec import Codec
+from codec import Codec, Counted
 from data.prepare import VIEWS, usable, validates, views_of
 from data.prompts import read_prompts
 from data.sources import Item, find_items
@@ -195,7 +192,7 @@ def alone() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class VQ(Codec):
+class VQ(Counted):
     """Codes of a learned codebook, from left to right and from top to bottom.
 
     Pictures are encoded one at a time, in float32 on a CPU, for the nearest code may depend on rounding.
@@ -203,7 +200,7 @@ class VQ(Codec):
 
     network: str = ""  # folder that `python -m data.vq` wrote; its weights' sha256 from then on
 
-    name, suffix, part = "vq", ".png", "rows of codes"
+    name, part = "vq", "rows of codes"
 
     def __post_init__(self) -> None:
         if self.network:
@@ -217,9 +214,9 @@ class VQ(Codec):
         raise AttributeError(name)
 
     symbols = property(lambda self: self.learned.config.codes)
-    vocab = property(lambda self: self.symbols + 2)  # no pairs
     shape = property(lambda self: (self.learned.config.size, self.learned.config.size, 3))
     parts = property(lambda self: self.learned.config.size >> self.learned.config.halvings)
+    places = property(lambda self: (self.parts, self.parts))
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         assert pixels.shape == self.shape and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
@@ -234,24 +231,6 @@ class VQ(Codec):
         codes[: len(known)] = known
         with alone():
             return self.learned.decode(codes.view(1, self.parts, self.parts))[0].numpy()
-
-    def file(self, symbols: np.ndarray) -> bytes:
-        out = io.BytesIO()
-        Image.fromarray(self.decode(symbols)).save(out, "PNG")
-        return out.getvalue()
-
-    def check(self, symbols: np.ndarray) -> str | None:
-        if len(symbols) != self.parts**2:
-            return f"symbol {len(symbols)}: the end, where {self.parts} x {self.parts} are due"
-        if (wrong := np.flatnonzero(symbols >= self.symbols)).size:
-            return f"symbol {wrong[0]}: {symbols[wrong[0]]}, but there are {self.symbols}"
-        return None
-
-    def head(self, symbols: np.ndarray, keep: float) -> np.ndarray:
-        return symbols[: round(self.kept(keep) * self.parts) * self.parts]
-
-    def grammar(self) -> grammar.Table:
-        return grammar.counting(self.symbols, (self.parts, self.parts))
 
     def save(self, folder: Path) -> dict[str, object]:
         save(folder / FILE, self.learned)
@@ -364,13 +343,8 @@ class State:
 
     def __init__(self, out: Path, config: Learning, settings: dict[str, object], device: torch.device):
         torch.manual_seed(config.seed)
-        self.path, self.config, self.settings, self.step, self.seconds = (
-            out / "training.safetensors",
-            config,
-            settings,
-            0,
-            0.0,
-        )
+        self.path, self.config, self.settings = out / "training.safetensors", config, settings
+        self.step, self.seconds = 0, 0.0
         shape = NetworkConfig(**{each.name: getattr(config, each.name) for each in fields(NetworkConfig)})
         self.network = Network(shape).to(device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0)
@@ -443,7 +417,8 @@ def pictures_of(items: list[Item], config: Learning) -> tuple[np.ndarray, np.nda
     if not held.any() or held.all():
         few = f"the source has {len(found)} usable pictures, too few to validate --val {config.val} of them"
         raise UserError(f"{few}: give it more")
-    return np.stack(found)[~held], np.stack(found)[held]
+    pictures = np.stack(found)
+    return pictures[~held], pictures[held]
 
 
 @dataclass(frozen=True)
@@ -468,7 +443,7 @@ def learn(source: Path, out: Path, config: Learning) -> None:
         return
     learned_from, held = pictures_of(items, config)
     state, errors, started = State(out, config, settings, best_device()), [], time.perf_counter()
-    network, before = state.network, state.seconds
+    network, before, now = state.network, state.seconds, {}
     parameters = sum(weight.numel() for weight in network.parameters())
     print(f"{parameters:,} parameters; {len(learned_from):,} pictures; step {state.step} of {config.steps}", flush=True)
     with tqdm(None, "learn", config.steps, initial=state.step, unit=" steps", disable=None) as bar:
@@ -482,14 +457,10 @@ def learn(source: Path, out: Path, config: Learning) -> None:
                 errors = []
                 left = state.seconds / state.step * (config.steps - state.step)
                 bar.write(LINE.format(step=state.step, training=training, codes=config.codes, left=left, **now))
-    report = {
-        "settings": settings,
-        "seconds": round(state.seconds, 1),
-        "parameters": parameters,
-        **evaluate(network, held),
-    }
-    shown = len(held) * (config.size >> config.halvings) ** 2  # codes, at most so many of which can be seen in use
-    if report["used"] < FEW * min(config.codes, shown):
+    report = {"settings": settings, "seconds": round(state.seconds, 1), "parameters": parameters}
+    report |= now or evaluate(network, held)
+    seen = len(held) * (config.size >> config.halvings) ** 2  # codes, at most so many of which can be seen in use
+    if report["used"] < FEW * min(config.codes, seen):
         few = f"{report['used']} of {config.codes:,} codes are used: the codebook has collapsed"
         print(f"warning: {few}, or the pictures are too simple for it; lower --lr or --codes, or take more pictures")
     shown = held[:: -(-len(held) // 10)][:10]

@@ -42,6 +42,11 @@ def flops_of(config: ModelConfig, parameters: int) -> int:
     return 6 * parameters + 12 * config.layers * config.dim * config.context
 
 
+def computing(config: ModelConfig) -> int:
+    """Parameters without embeddings, which are only looked up."""
+    return count(config)[0] - config.dim * (config.vocab + sum(config.positions))
+
+
 def peak_flops(device: torch.device) -> float | None:
     """The chip's dense bf16 peak in FLOP/s; None where it is not known, as of a CPU, whose share tells nobody much."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

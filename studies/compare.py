@@ -16,7 +16,6 @@ run, OUT/logs what that said.
 """
 
 import math
-import sys
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -48,7 +47,7 @@ from studies.contest import (
     opened,
     settings_of,
 )
-from studies.steps import Step, Stopped, refuse_decided
+from studies.steps import Step, Stopped, refuse_decided, split
 from train import parse as parse_training
 
 # --- the tables -----------------------------------------------------------------------------------------------------
@@ -100,10 +99,9 @@ def distance(study: Study, a: Path, b: Path) -> float:
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """KID x 1000 of as many pictures each, as in fid.py, but over all of them at once; and without the pairs of a
     picture and what was made of it, which stand at the same place in both and are more alike than chance has it."""
-    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
-    mean = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))  # noqa: E731
     a, b = a.astype(np.float64), b.astype(np.float64)
-    return 1000 * float(mean(kernel(a, a)) + mean(kernel(b, b)) - 2 * mean(kernel(a, b)))
+    aa, bb, ab = (fid.mean_of_others(fid.kernel(x, y)) for x, y in ((a, a), (b, b), (a, b)))
+    return 1000 * float(aa + bb - 2 * ab)
 
 
 def row_of(study: Study, name: str, setting: str) -> dict:
@@ -335,8 +333,7 @@ def write_kinds(out: Path, studies: list[Study]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    at = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, extra = split(arguments)
     parser = Flags(__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     text = "folder that holds train and test, folders of pictures; several are compared one by one"
@@ -345,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--codecs", nargs="+", default=[*CONTENDERS], choices=CONTENDERS, metavar="CODEC", help=text)
     parser.add_argument("--weights", type=Path, help="of the FID network (default: downloaded once, see fid.py)")
     parser.add_fields(Comparison())
-    flags, extra = parser.parse(arguments[:at]), arguments[at + 1 :]
+    flags = parser.parse(arguments)
     config = Comparison(**{each.name: getattr(flags, each.name) for each in fields(Comparison) if each.name in flags})
     for folder in (data / name for data in flags.data for name in ("train", "test")):
         if not folder.is_dir():

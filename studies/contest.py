@@ -13,11 +13,11 @@ from codec import load_tokenizer
 from data.prepare import VIEWS, usable
 from data.sources import find_items
 from data.vq import Frame
-from plumbing.command import UserError, differences
+from plumbing.command import UserError
 from plumbing.draw import save_pixels
 from plumbing.files import digest, read_json, write_json
-from plumbing.plan import count, flops_of
-from studies.steps import Step, Work, training, words
+from plumbing.plan import computing, flops_of
+from studies.steps import Step, Work, refuse_another, training, words
 from train import parse as parse_training
 
 DIMS = 768  # features of the FID network; with fewer pictures KID is measured instead
@@ -129,7 +129,7 @@ class Study:
     def go(self, last: Callable[[str, str], Step]) -> None:
         """Do what is not done yet, with a last step for each model.  Errors: UserError; Stopped, when the user has had
         enough."""
-        self.refuse_another()
+        refuse_another(self.out, self.settings, FREE)
         self.references()
         write_json(self.out / "settings.json", self.settings)
         names = [*dict.fromkeys([REFERENCE, *self.codecs])]
@@ -148,12 +148,6 @@ class Study:
     def settings(self) -> dict[str, object]:
         given = {"codecs": self.codecs, "train": self.extra, "data": str(self.data.resolve())}
         return {**asdict(self.config), **given, "weights": digest(self.weights)[:16]}
-
-    def refuse_another(self) -> None:
-        """Errors: UserError, where OUT holds another comparison."""
-        path = self.out / "settings.json"
-        if path.exists() and (changed := differences(read_json(path), self.settings, FREE)):
-            raise UserError(f"{self.out} holds another comparison ({changed}): choose another folder, or delete it")
 
     # the pictures
 
@@ -235,11 +229,10 @@ class Study:
         micro = max(number for number in range(1, min(batch, config.micro) + 1) if batch % number == 0)
         sizes = tokenizer.grammar.sizes if config.syntax else ()
         config = replace(config, vocab=tokenizer.vocab, positions=sizes, context=context)
-        computing = count(config)[0] - config.dim * (config.vocab + sum(sizes))
         length = sum(shard["tokens"] for shard in shards) / sum(shard["documents"] for shard in shards)
         cache = 2 * 4 * config.layers * config.kv_heads * (config.dim // config.heads) * context
         at_once = max(1, min(AT_ONCE, CACHE // cache))
-        return Plan(data, context, batch, micro, 1, length, flops_of(config, computing), at_once)
+        return Plan(data, context, batch, micro, 1, length, flops_of(config, computing(config)), at_once)
 
     def check_documents(self) -> None:
         """Errors: UserError, where a picture is too small for some codecs, which then learn from fewer than others."""
@@ -257,13 +250,8 @@ class Study:
         plan, run, samples = self.plan(name, setting), self.run_of(name, setting), self.samples_of(name, setting)
         flags, values = [*CONTENDERS[name].train.split(), *self.extra], asdict(plan) | {"run": run}
         train = "--data {data} --out {run} --context {context} --batch {batch} --micro {micro} --steps {steps}"
-        command = [
-            "train.py",
-            "--config",
-            self.config.config,
-            *flags,
-            *words(train, **values),
-        ]  # a later --micro counts
+        command = ["train.py", "--config", self.config.config, *flags]
+        command += words(train, **values)  # of two --micro the later counts
         steps = [training(run, plan.steps, command, plan.flops)]
         write, pictures = plan.cost / 3 * plan.length, self.config.count  # FLOPs of a picture
         suffix, side = load_tokenizer(plan.data).codec.suffix, CONTENDERS[name].side or self.config.size

@@ -10,7 +10,6 @@ of Hoffmann et al. 2022, arXiv:2203.15556).  What comes after `--` goes to train
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from PIL import Image
 from scipy.optimize import curve_fit
 
 from codec import load_tokenizer
-from plumbing.command import Flags, UserError, differences, run
+from plumbing.command import Flags, UserError, run
 from plumbing.draw import draw_curves, save_image
-from plumbing.files import read_json, write_json, write_whole
-from plumbing.plan import count, flops_of
+from plumbing.files import write_json, write_whole
+from plumbing.plan import computing, flops_of
 from plumbing.run import claim, read_lines
-from studies.steps import Step, Stopped, Work, refuse_decided, training, words
+from studies.steps import Step, Stopped, Work, refuse_another, refuse_decided, split, training, words
 from train import Config
 from train import parse as parse_training
 
@@ -62,10 +61,8 @@ class Scaling:
     def go(self) -> None:
         """Errors: UserError; Stopped."""
         settings = {"steps": self.steps, "rates": self.rates, "train": self.extra, "data": str(self.data.resolve())}
-        path = self.out / "settings.json"
-        if path.exists() and (changed := differences(read_json(path), settings, {"rates"})):
-            raise UserError(f"{self.out} holds another study ({changed}): choose another folder, or delete it")
-        write_json(path, settings)
+        refuse_another(self.out, settings, {"rates"})
+        write_json(self.out / "settings.json", settings)
         work = Work(self.out, self.jobs)
         tried = [[self.step(size, SHARES[0], rate)] for size in reversed(SIZES) for rate in self.rates]
         work.do(tried, "learning rates")
@@ -81,14 +78,9 @@ class Scaling:
         sizes = tokenizer.grammar.sizes if config.syntax else ()
         return replace(config, vocab=tokenizer.vocab, positions=sizes)
 
-    def computing(self, size: Size) -> int:
-        """Weights without embeddings, which are only looked up."""
-        config = self.config(size)
-        return count(config)[0] - config.dim * (config.vocab + sum(config.positions))
-
     def flops(self, size: Size, share: float) -> float:
         config = self.config(size)
-        return flops_of(config, self.computing(size)) * config.batch * config.context * self.steps_of(share)
+        return flops_of(config, computing(config)) * config.batch * config.context * self.steps_of(share)
 
     def steps_of(self, share: float) -> int:
         return max(1, round(share * self.steps))
@@ -112,7 +104,12 @@ class Scaling:
     def report(self) -> None:
         rows = []
         for size in SIZES:
-            row = {"dim": size.dim, "layers": size.layers, "weights": self.computing(size), "lr": self.best(size)}
+            row = {
+                "dim": size.dim,
+                "layers": size.layers,
+                "weights": computing(self.config(size)),
+                "lr": self.best(size),
+            }
             row["tried"] = {rate: self.bits(size, SHARES[0], rate) for rate in self.rates}
             row["bits"] = {share: self.bits(size, share, row["lr"]) for share in SHARES}
             rows.append(row | {"flops": {share: self.flops(size, share) for share in SHARES}})
@@ -180,8 +177,7 @@ def picture(rows: list[dict], frontier: list[tuple[float, float]], fits: dict[st
 
 
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    at = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, extra = split(arguments)
     parser = Flags(__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--data", type=Path, required=True, help="data folder, as data.prepare writes it")
@@ -189,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     rates, text = [0.003, 0.006, 0.012], "learning rates to try (default: 0.003 0.006 0.012)"
     parser.add_argument("--lr", type=float, nargs="+", default=rates, help=text)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once (default: 1)")
-    flags, extra = parser.parse(arguments[:at]), arguments[at + 1 :]
+    flags = parser.parse(arguments)
     for name, value in (("steps", flags.steps), ("jobs", flags.jobs)):
         if not 1 <= value < 2**31:
             raise UserError(f"--{name} is {value}: choose 1 or more")

@@ -19,7 +19,7 @@ from threading import Event, Lock
 from tqdm import tqdm
 
 from data.prepare import cores
-from plumbing.command import UserError
+from plumbing.command import UserError, differences
 from plumbing.files import read_json, write_json
 from plumbing.run import Stop
 
@@ -50,6 +50,20 @@ def refuse_decided(extra: list[str], decided: str) -> None:
     """Errors: UserError, where flags for train.py would change what a study decides itself."""
     if odd := [flag for flag in extra if flag.split("=")[0] in decided.split()]:
         raise UserError(f"{odd[0]} after -- is decided by the study itself: leave it out")
+
+
+def split(arguments: list[str] | None) -> tuple[list[str], list[str]]:
+    """What stands before `--` on the command line, and after it, for train.py."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def refuse_another(out: Path, settings: dict[str, object], free: set[str]) -> None:
+    """Errors: UserError, where OUT/settings.json has others, but for `free` ones."""
+    path = out / "settings.json"
+    if path.exists() and (changed := differences(read_json(path), settings, free)):
+        raise UserError(f"{out} holds another study ({changed}): choose another folder, or delete it")
 
 
 class Stopped(Exception):

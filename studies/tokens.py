@@ -24,7 +24,7 @@ from model import Llama
 from plumbing.checkpoint import read_run
 from plumbing.command import Flags, UserError, run
 from plumbing.files import read_json
-from plumbing.plan import PEAKS, count, flops_of
+from plumbing.plan import PEAKS, computing, flops_of
 from plumbing.processes import best_device
 from train import CONFIGS, Config, validation_batch, validation_batches
 
@@ -99,7 +99,7 @@ def costs(folder: Path, sizes: list[int], preset: str, most: int) -> str:
     for size in sizes:
         for name, (length, vocab) in lengths(size, folder, most).items():
             config = replace(CONFIGS[preset], vocab=vocab, context=math.ceil(length))
-            flops = flops_of(config, count(config)[0] - config.dim * vocab) * length
+            flops = flops_of(config, computing(config)) * length
             seconds = flops / (0.4 * PEAKS["H100"])
             cells = [
                 str(size),
