@@ -210,7 +210,19 @@ class Study:
         prepare = (
             f"-m data.prepare {{source}} {{folder}} {contender.prepare} {shape} --views {{views}} --workers {{cores}}"
         )
-        return [*steps, Step(folder / "report.json", words(prepare, cores=self.work.cores, **values), 1e13)]
+        steps.append(Step(folder / "report.json", words(prepare, cores=self.work.cores, **values), 1e13))
+        longest = self.longest(contender.data)
+        return [*steps, Step(longest, lambda: write_json(longest, {"tokens": self.tokens_of_longest(folder)}), 1e11)]
+
+    def longest(self, data: str) -> Path:
+        """How many tokens the longest document takes, of those to learn from and those to complete."""
+        return self.out / "longest" / f"{data}.json"
+
+    def tokens_of_longest(self, data: Path) -> int:
+        tokenizer, shards = load_tokenizer(data), read_json(data / "report.json")["shards"].values()
+        pictures = usable(find_items(self.test("whole")), tokenizer.codec)
+        _, lengths = tokenizer.encode([tokenizer.codec.encode(picture) for picture in pictures])
+        return max(int(lengths.max()), *(shard["longest"] for shard in shards))
 
     def plan(self, name: str, setting: str) -> Plan:
         """As many FLOPs, or as many pictures, as the reference takes."""
@@ -221,9 +233,10 @@ class Study:
     def plan_a_step(self, name: str) -> Plan:
         """Rows hold the longest document, and a step about as many tokens for all.  What looking up embeddings takes is
         not counted."""
-        data, contender = self.out / "data" / CONTENDERS[name].data, CONTENDERS[name]
+        contender = CONTENDERS[name]
+        data = self.out / "data" / contender.data
         shards = [shard for key, shard in read_json(data / "report.json")["shards"].items() if key.startswith("train")]
-        context = max(LEAST_ROW, -(-max(shard["longest"] for shard in shards) // ROW) * ROW)
+        context = max(LEAST_ROW, -(-read_json(self.longest(contender.data))["tokens"] // ROW) * ROW)
         batch, tokenizer = max(1, round(self.config.tokens / context)), load_tokenizer(data)
         config, _ = parse_training(["--config", self.config.config, *contender.train.split(), *self.extra])
         micro = max(number for number in range(1, min(batch, config.micro) + 1) if batch % number == 0)

@@ -23,6 +23,7 @@ from plumbing.draw import draw_curves, save_image
 from plumbing.files import write_json, write_whole
 from plumbing.plan import computing, flops_of
 from plumbing.run import claim, read_lines
+from studies.compare import table_of
 from studies.steps import Step, Stopped, Work, refuse_another, refuse_decided, split, training, words
 from train import Config
 from train import parse as parse_training
@@ -138,19 +139,14 @@ def power_law(points: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def in_words(rows: list[dict], fits: dict[str, dict]) -> str:
-    rates, shares = [*rows[0]["tried"]], [*rows[0]["bits"]]
-    head = ["weights", "dim, layers", *(f"a quarter, lr {rate:g}" for rate in rates)]
-    head += ["half the steps, best lr", "all steps", "PFLOP"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rates, shares, found = [*rows[0]["tried"]], [*rows[0]["bits"]], []
     for row in rows:
-        cells = [
-            f"{row['weights']:,}",
-            f"{row['dim']}, {row['layers']}",
-            *(f"{row['tried'][rate]:,.1f}" for rate in rates),
-        ]
-        cells += [f"{row['bits'][share]:,.1f}" for share in shares[1:]] + [f"{row['flops'][shares[-1]] / 1e15:.3g}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
+        cells = [f"{row['weights']:,}", f"{row['dim']}, {row['layers']}"]
+        cells += [f"{bits:,.1f}" for bits in row["tried"].values()]
+        cells += [f"{row['bits'][share]:,.1f}" for share in shares[1:]]
+        found.append([*cells, f"{row['flops'][shares[-1]] / 1e15:.3g}"])
+    head = ["weights", "dim, layers", *(f"a quarter, lr {rate:g}" for rate in rates)]
+    lines = table_of([*head, "half the steps, best lr", "all steps", "PFLOP"], found)
     for name, fit in fits.items():
         if fit:
             law = f"{fit['floor']:,.0f} + {fit['a']:,.0f} ({name} / {fit['x0']:.3g})^-{fit['b']:.3f}"

@@ -26,6 +26,7 @@ from plumbing.command import Flags, UserError, run
 from plumbing.files import read_json
 from plumbing.plan import PEAKS, computing, flops_of
 from plumbing.processes import best_device
+from studies.compare import table_of
 from train import CONFIGS, Config, validation_batch, validation_batches
 
 # --- accuracy -------------------------------------------------------------------------------------------------------
@@ -95,22 +96,14 @@ def lengths(size: int, folder: Path, most: int) -> dict[str, tuple[float, int]]:
 def costs(folder: Path, sizes: list[int], preset: str, most: int) -> str:
     """FLOPs of a picture if it has a row to itself: 6 N + 12 layers dim length a token for training, a third for
     writing; N without embeddings."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    rows = []
     for size in sizes:
         for name, (length, vocab) in lengths(size, folder, most).items():
             config = replace(CONFIGS[preset], vocab=vocab, context=math.ceil(length))
             flops = flops_of(config, computing(config)) * length
-            seconds = flops / (0.4 * PEAKS["H100"])
-            cells = [
-                str(size),
-                name,
-                f"{length - 2:,.0f}",
-                f"{flops / 1e9:,.3g}",
-                f"{flops / 3e9:,.3g}",
-                f"{1000 * seconds:,.3g}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells = [str(size), name, f"{length - 2:,.0f}", f"{flops / 1e9:,.3g}", f"{flops / 3e9:,.3g}"]
+            rows.append([*cells, f"{1000 * flops / (0.4 * PEAKS['H100']):,.3g}"])
+    return "\n".join(table_of(HEAD, rows))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from scipy.stats import pearsonr
 import fid
 import sample
 import train
+from codec import load_tokenizer
 from data import prepare, vq
 from data.shapes import draw
 from data.stream import Stream
@@ -200,6 +201,21 @@ def test_a_long_tail_is_compared_class_by_class(compared, data, weights, quick, 
     gap = [each["jpeg"] - each["vq8"] for each in found["classes"].values()]
     assert found["correlations"]["vq8"]["r"] == pytest.approx(np.corrcoef(rarity, gap)[0, 1])
     assert found["correlations"]["vq8"]["p"] == pytest.approx(pearsonr(rarity, gap).pvalue)
+
+
+def test_the_context_holds_pictures_to_complete_that_are_longer_than_any_to_learn_from(quick, data, weights, tmp_path):
+    for folder in ("pictures/test", "out"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "pictures/train").symlink_to(data / "train")
+    noise = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / f"pictures/test/{number}.png")
+    study = Study(tmp_path / "out", tmp_path / "pictures", Comparison(size=32, count=6), ["jpeg"], [], weights)
+    study.references()
+    in_turn(study.work, [study.preparation("jpeg")], "")
+    longest = max(len(load_tokenizer(tmp_path / "out/data/jpeg").codec.encode(pixels)) + 2 for pixels in noise)
+    assert longest > 256 >= np.diff(Stream(tmp_path / "out/data/jpeg", "train", 0).documents).max()
+    assert longest <= study.plan("jpeg", "flops").context < longest + contest.ROW
 
 
 def test_kinds_of_pictures_are_compared_one_by_one(quick, data, weights, tmp_path):
