@@ -21,11 +21,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import pearsonr
 
 import fid
 from codec import load_tokenizer
+from data.vq import decibels, to_input
 from plumbing.command import Flags, UserError, run
 from plumbing.draw import save_image
 from plumbing.files import read_json, write_json, write_whole
@@ -124,7 +126,7 @@ def row_of(study: Study, name: str, setting: str) -> dict:
     row["valid_without_grammar"] = 1 - len(invalid) / FREE_COUNT
 
     originals, back, seeds = study.features("whole"), study.features(contender.data, "whole"), range(study.config.seeds)
-    row["floor"] = distance(study, back, originals)
+    row["floor"], row["psnr"] = distance(study, back, originals), psnr_of(study, samples / "whole-0" / "roundtrip")
     row["free"] = [distance(study, study.features(model, f"seed-{seed}"), originals) for seed in seeds]
     drawn = {str(each): study.features(model, f"top-p-{each:g}") for each in TOP_P}
     row["top_p"] = {each: distance(study, path, originals) for each, path in drawn.items()} | {"1": row["free"][0]}
@@ -139,6 +141,13 @@ def row_of(study: Study, name: str, setting: str) -> dict:
         row["small_floor"] = distance(study, study.features(contender.data, "small"), small)
         row["small_originals"] = distance(study, study.features(model, f"small-0-{HALF}"), small)
     return row
+
+
+def psnr_of(study: Study, roundtrip: Path) -> float:
+    """Of pictures as they come back, in dB, the mean over all."""
+    folders, size = (study.test("whole"), roundtrip), study.config.size
+    a, b = (torch.from_numpy(np.stack([opened(path, size) for path in numbered(each)])) for each in folders)
+    return decibels((to_input(a) - to_input(b)).square().mean((1, 2, 3)))
 
 
 def parameters_of(run: Path) -> int:
@@ -218,15 +227,13 @@ def in_words(study: Study, table: dict) -> str:
 
 
 def results(rows: list[dict], keep: list[float]) -> list[str]:
-    head = ["codec", "tokens", "bits of a file", "bits the model needs", "round trip", "free", "best top-p"]
+    head = ["codec", "tokens", "bits of a file", "bits the model needs", "round trip, dB", "round trip"]
+    head += ["free", "best top-p"]
     found = []
     for row in rows:
         cells = [row["title"], f"{row['length'] - 2:,.0f}", f"{row['file_bits']:,.0f}", f"{row['model_bits']:,.0f}"]
-        cells += [
-            f"{row['floor']:.3f}",
-            spread(row["free"]),
-            f"{row['top_p'][row['best_top_p']]:.3f} ({row['best_top_p']})",
-        ]
+        cells += [f"{row['psnr']:.1f}", f"{row['floor']:.3f}", spread(row["free"])]
+        cells.append(f"{row['top_p'][row['best_top_p']]:.3f} ({row['best_top_p']})")
         found.append(cells + [spread(row["originals"][str(ratio)]) for ratio in keep])
     return table_of([*head, *(f"from {ratio:g}" for ratio in keep)], found)
 

@@ -156,6 +156,10 @@ def test_rows_hold_what_fid_py_says_of_the_folders(compared, weights, capsys):
     network = fid.load(weights, 64)
     sets = [fid.extract(fid.Images(path), network)[0] for path in (folder / "keep_0.5", compared / "test" / "whole")]
     assert row["originals"]["0.5"] == [pytest.approx(compare.kernel_distance(*sets))]
+    came_back = np.stack([np.float64(Image.open(path)) for path in sorted((folder / "roundtrip").iterdir())])
+    given = np.stack([np.float64(Image.open(path)) for path in sorted((compared / "test/whole").iterdir())])
+    errors = ((came_back - given) ** 2).mean((1, 2, 3))
+    assert row["psnr"] == pytest.approx((10 * np.log10(255**2 / errors)).mean())
     assert read_json(compared / "table.json")["measure"] == "KID x 1000"
     assert "fewer than 64 features: KID x 1000 instead of FID" in (compared / "table.md").read_text()
 
