@@ -278,36 +278,37 @@ def long_tail(study: Study, tail: dict) -> list[str]:
     return [*lines, ""]
 
 
-SHOWN, LEFT, TOP = 8, 250, 26  # pictures of each kind in a row of the grid; pixels for the names beside and above them
+SHOWN, LEFT, TOP = 6, 200, 26  # pictures of each kind in a row of the grid; pixels for the names beside and above them
 
 
 def picture(study: Study, models: list[tuple[str, str]]) -> Image.Image:
     """A row for each model: what it writes by itself, and how it goes on with the upper half of pictures of the test
-    set; above it other pictures of the test set, and those."""
+    set, also of small ones where there are; above it other pictures of the test set, and those."""
     size = study.config.size
     side = size * max(1, 64 // size)
-    half = LEFT + SHOWN * (side + 2) + 16
-    sheet = Image.new("RGB", (half + SHOWN * (side + 2), TOP + (len(models) + 1) * (side + 6)), "white")
+    titles = ["written by itself", "completed from the upper half", "the same of small ones"][: 1 + len(study.kinds)]
+    lefts = [LEFT + i * (SHOWN * (side + 2) + 16) for i in range(len(titles) + 1)]
+    sheet = Image.new("RGB", (lefts[-1] - 16, TOP + (len(models) + 1) * (side + 6)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for left, title in ((LEFT, "written by itself"), (half, "completed from the upper half")):
+    for left, title in zip(lefts, titles, strict=False):
         pen.text((left, 5), title, "black", font)
 
-    def row(number: int, label: str, free: list[Path], completed: list[Path]) -> None:
+    def row(number: int, label: str, *groups: list[Path]) -> None:
         top = TOP + number * (side + 6) + 3
         pen.multiline_text((8, top + 8), label, "black", font)
-        for left, paths in ((LEFT, free), (half, completed)):
-            for at, path in enumerate(paths):
+        for left, paths in zip(lefts, groups, strict=False):
+            for at, path in enumerate(paths[:SHOWN]):
                 shown = Image.fromarray(opened(path, size)).resize((side, side), Image.Resampling.NEAREST)
                 sheet.paste(shown, (left + at * (side + 2), top))
 
     every = max(1, study.config.count // SHOWN)
-    test = numbered(study.test("whole"))
-    row(0, "the test set", test[every // 2 :: every][:SHOWN], test[::every][:SHOWN])
+    others = numbered(study.test("whole"))[every // 2 :: every]
+    row(0, "the test set", others, *(numbered(study.test(kind))[::every] for kind in study.kinds))
     for number, (name, setting) in enumerate(models, 1):
         samples, label = study.samples_of(name, setting), CONTENDERS[name].title
         label += f"\n{SETTINGS[setting]} as JPEG" if len(settings_of(name)) > 1 else ""
-        completed = numbered(samples / "whole-0" / f"keep_{HALF}")[::every][:SHOWN]
-        row(number, label, numbered(samples / "seed-0")[:SHOWN], completed)
+        completed = (numbered(samples / f"{kind}-0" / f"keep_{HALF}")[::every] for kind in study.kinds)
+        row(number, label, numbered(samples / "seed-0"), *completed)
     return sheet
 
 
