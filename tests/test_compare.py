@@ -271,7 +271,7 @@ def test_a_kernel_distance_knows_no_pairs():
 
 
 @pytest.mark.parametrize("flag", ["--batch", "--steps=4", "--no-syntax"])
-def test_flags_that_a_comparison_decides_are_refused(flag, data, weights, tmp_path):
+def test_flags_that_a_comparison_decides_are_refused(quick, flag, data, weights, tmp_path):
     with pytest.raises(UserError, match="after -- is decided by the study itself"):
         compare.main(arguments(tmp_path, data, weights, train=["--", flag, "8"]))
 
