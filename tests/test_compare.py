@@ -242,7 +242,7 @@ def test_a_long_tail_is_a_geometric_series_of_links(data, tmp_path):
     assert all(path.resolve().is_relative_to(data.resolve()) for path in found.rglob("*.png"))
 
 
-def test_a_long_tail_without_classes_is_refused(data, weights, tmp_path):
+def test_a_long_tail_without_classes_is_refused(quick, data, weights, tmp_path):
     with pytest.raises(UserError, match="has 0 folders, and --tail needs one for each class"):
         long_tail(data / "train" / "a", tmp_path / "tail", 0.05)
     (tmp_path / "data").mkdir()
