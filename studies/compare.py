@@ -49,7 +49,7 @@ from studies.contest import (
     opened,
     settings_of,
 )
-from studies.steps import Step, Stopped, refuse_decided, split
+from studies.steps import Step, Stopped, refuse_decided, split, table_of
 from train import parse as parse_training
 
 # --- the tables -----------------------------------------------------------------------------------------------------
@@ -197,11 +197,6 @@ def tail_of(study: Study) -> dict:
 def spread(values: list[float], digits: int = 3) -> str:
     text = f"{np.mean(values):.{digits}f}"
     return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
-
-
-def table_of(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of Markdown."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def in_words(study: Study, table: dict) -> str:

@@ -23,8 +23,7 @@ from plumbing.draw import draw_curves, save_image
 from plumbing.files import write_json, write_whole
 from plumbing.plan import computing, flops_of
 from plumbing.run import claim, read_lines
-from studies.compare import table_of
-from studies.steps import Step, Stopped, Work, refuse_another, refuse_decided, split, training, words
+from studies.steps import Step, Stopped, Work, refuse_another, refuse_decided, split, table_of, training, words
 from train import Config
 from train import parse as parse_training
 

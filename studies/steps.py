@@ -66,6 +66,11 @@ def refuse_another(out: Path, settings: dict[str, object], free: set[str]) -> No
         raise UserError(f"{out} holds another study ({changed}): choose another folder, or delete it")
 
 
+def table_of(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
+
+
 class Stopped(Exception):
     """The user has had enough."""
 

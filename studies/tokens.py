@@ -26,7 +26,7 @@ from plumbing.command import Flags, UserError, run
 from plumbing.files import read_json
 from plumbing.plan import PEAKS, computing, flops_of
 from plumbing.processes import best_device
-from studies.compare import table_of
+from studies.steps import table_of
 from train import CONFIGS, Config, validation_batch, validation_batches
 
 # --- accuracy -------------------------------------------------------------------------------------------------------
