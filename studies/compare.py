@@ -4,12 +4,12 @@
     python -m studies.compare out/compare --data eurosat --views 8 --seeds 3 --small    # then more of the same
     python -m studies.compare out/tail --data eurosat --views 8 --tail 0.02 --codecs jpeg vq8 vq4
     python -m studies.compare out/kinds --data satellite photos plots --size 32 --codecs jpeg vq4
-    python -m studies.compare out/larger --data eurosat --views 8 --config photos --steps 6000 -- --compile
+    python -m studies.compare out/larger --data eurosat --views 8 --config photos --steps 6000 -- --compile    # a GPU
 
 DATA holds `train` and `test`, folders of pictures.  For each codec, and with nothing but the codec different: learn it,
 prepare, train the same Llama, sample, complete the pictures of `test`, and measure.  JPEG is trained once, each other
-codec twice: with as many FLOPs, and on as many pictures (as in the paper, section 4), in both cases without what
-learning a codebook takes.  What comes after `--` goes to train.py.
+codec twice: with as many FLOPs, and on as many pictures (as in the paper, section 4; for the long tail this alone), in
+both cases without what learning a codebook takes.  What comes after `--` goes to train.py.
 
 The same command continues.  OUT/table.md, table.json and grid.png are the result so far, OUT/commands.txt is what was
 run, OUT/logs what that said.
@@ -47,7 +47,6 @@ from studies.contest import (
     Study,
     numbered,
     opened,
-    settings_of,
 )
 from studies.steps import Step, Stopped, refuse_decided, split, table_of
 from train import parse as parse_training
@@ -73,13 +72,12 @@ def row_path(study: Study, name: str, setting: str) -> Path:
 
 def write_tables(study: Study) -> str:
     """OUT/table.json, table.md and grid.png, of the models that are measured."""
-    models = [(name, setting) for name in study.codecs for setting in settings_of(name)]
-    there = [model for model in models if row_path(study, *model).exists()]
+    there = [model for model in study.models if row_path(study, *model).exists()]
     rows = [read_json(row_path(study, *model)) for model in there]
     table = {"measure": measure(study), "keep": study.keep, "rows": rows, "reductions": {}}
     if study.config.count > DIMS:  # KID may be 0, or below
         table["reductions"] = reductions(rows, study.keep)
-    if study.config.tail and there == models:
+    if study.config.tail and there == study.models:
         table["tail"] = tail_of(study)
     write_json(study.out / "table.json", table)
     text = in_words(study, table)
@@ -175,8 +173,7 @@ def tail_of(study: Study) -> dict:
     originals = fid.open_set(study.features("whole"), DIMS).features
     found = {each: {"pictures": len([*(study.source / each).iterdir()])} for each in np.unique(classes).tolist()}
     fewest = min((classes == each).sum() for each in found)
-    for name in study.codecs:
-        setting = settings_of(name)[-1]
+    for name, setting in study.models:
         sets = [
             fid.open_set(study.features(f"{name}-{setting}", f"whole-0-{keep}"), DIMS).features for keep in study.keep
         ]
@@ -207,8 +204,9 @@ def in_words(study: Study, table: dict) -> str:
             f"warning: {study.config.count} pictures are fewer than {DIMS} features: KID x 1000 instead of FID",
             "",
         ]
-    for setting, title in SETTINGS.items():
-        shown = [row for row in rows if row["setting"] == setting or len(settings_of(row["codec"])) == 1]
+    for setting in study.equal:
+        title = SETTINGS[setting]
+        shown = [row for row in rows if row["setting"] == setting or len(study.settings_of(row["codec"])) == 1]
         lines += [f"{title[0].upper()}{title[1:]} as JPEG: {table['measure']}, {study.config.count:,} pictures", ""]
         lines += results(shown, keep) + costs(shown) + to_round_trip(shown, keep)
     for other, share in table["reductions"].items():
@@ -301,7 +299,7 @@ def picture(study: Study, models: list[tuple[str, str]]) -> Image.Image:
     row(0, "the test set", others, *(numbered(study.test(kind))[::every] for kind in study.kinds))
     for number, (name, setting) in enumerate(models, 1):
         samples, label = study.samples_of(name, setting), CONTENDERS[name].title
-        label += f"\n{SETTINGS[setting]} as JPEG" if len(settings_of(name)) > 1 else ""
+        label += f"\n{SETTINGS[setting]} as JPEG" if len(study.settings_of(name)) > 1 else ""
         completed = (numbered(samples / f"{kind}-0" / f"keep_{HALF}")[::every] for kind in study.kinds)
         row(number, label, numbered(samples / "seed-0"), *completed)
     return sheet

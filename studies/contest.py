@@ -26,7 +26,7 @@ HALF = 0.5
 TOP_P = (0.9, 0.95)  # tried beside 1
 ROW = 64  # contexts are multiples of it
 LEAST_ROW = 256  # tokens: of short documents, several to a row
-AT_ONCE, CACHE = 256, 4 << 30  # pictures that are sampled at once, if their keys and values take no more bytes
+CACHE = 8 << 30  # bytes that the keys and values of pictures that are sampled at once may take
 DECIDED = "--config --data --out --context --batch --steps --syntax --no-syntax --plan --export"
 FREE_COUNT = 64  # that are written without the grammar, to see how many are valid
 LOOK = 1e10  # FLOPs of the FID network for a picture, for the progress bar
@@ -64,14 +64,17 @@ class Comparison:
     tokens: int = 2048  # of a step, about
     views: int = 1  # of each picture: 1, 2 with its mirror image, 8 turned as well
     vq_steps: int = 6000  # of learning a codebook
+    vq_batch: int = 16  # pictures of each of them
+    vq_width: int = 64  # channels of its network
     count: int = 800  # pictures of each measurement
     seeds: int = 1  # of sampling, from 0 on
     tail: float = 0.0  # the long tail: pictures of the rarest class, as a share of those of the most frequent one
     small: bool = False  # small things: also complete pictures shrunk to half on black
+    at_once: int = 256  # pictures that are sampled at once; a GPU takes all
     jobs: int = 1  # codecs at work at once, on as many cores each as that leaves
 
     def __post_init__(self) -> None:
-        least = {"size": 32, "steps": 1, "tokens": 64, "vq_steps": 1, "count": 2, "seeds": 1, "jobs": 1}
+        least = {"size": 32, "steps": 1, "tokens": 64, "vq_steps": 1, "count": 2, "seeds": 1, "at_once": 1, "jobs": 1}
         for name, value in least.items():
             if not value <= getattr(self, name) < 2**31:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: choose {value} or more")
@@ -83,7 +86,7 @@ class Comparison:
             raise UserError(f"--tail is {self.tail}: choose a share below 1, such as 0.02, or 0 for all pictures")
 
 
-FREE = {"seeds", "small", "jobs", "codecs"}  # may grow or change in the same OUT
+FREE = {"seeds", "small", "at_once", "jobs", "codecs"}  # may grow or change in the same OUT
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,7 @@ class Study:
             step for kind in self.kinds for step in self.look(self.test(kind), self.config.size, self.features(kind))
         ]
         self.work.do([common], "look")
-        models = [(name, setting) for name in self.codecs for setting in settings_of(name)]
-        chains = [[*self.steps(*model), last(*model)] for model in models]
+        chains = [[*self.steps(*model), last(*model)] for model in self.models]
         self.work.do(sorted(chains, key=lambda steps: -sum(step.flops for step in steps)), "compare")
 
     @cached_property
@@ -201,11 +203,11 @@ class Study:
     def preparation(self, name: str) -> list[Step]:
         contender, steps = CONTENDERS[name], []
         folder, network = self.out / "data" / contender.data, self.out / "vq" / contender.data
-        values = {"source": self.source, "folder": folder, "network": network, "views": self.config.views}
+        values = {"source": self.source, "folder": folder, "network": network} | asdict(self.config)
         shape = f"--size {contender.side or self.config.size}"
         if contender.vq:
-            learn = f"-m data.vq {{source}} {{network}} {contender.vq} {shape} --views {{views}} --steps {{steps}}"
-            learn = words(learn, steps=self.config.vq_steps, **values)
+            learn = f"-m data.vq {{source}} {{network}} {contender.vq} {shape} --views {{views}}"
+            learn = words(f"{learn} --steps {{vq_steps}} --batch {{vq_batch}} --width {{vq_width}}", **values)
             steps, shape = [Step(network / "report.json", learn, 1e10 * self.config.vq_steps)], "--network {network}"
         prepare = (
             f"-m data.prepare {{source}} {{folder}} {contender.prepare} {shape} --views {{views}} --workers {{cores}}"
@@ -244,7 +246,7 @@ class Study:
         config = replace(config, vocab=tokenizer.vocab, positions=sizes, context=context)
         length = sum(shard["tokens"] for shard in shards) / sum(shard["documents"] for shard in shards)
         cache = 2 * 4 * config.layers * config.kv_heads * (config.dim // config.heads) * context
-        at_once = max(1, min(AT_ONCE, CACHE // cache))
+        at_once = max(1, min(self.config.at_once, CACHE // cache))
         return Plan(data, context, batch, micro, 1, length, flops_of(config, computing(config)), at_once)
 
     def check_documents(self) -> None:
@@ -319,6 +321,19 @@ class Study:
         look = words(look, folder=folder, features=features, weights=self.weights)
         return [*steps, Step(features, look, LOOK * self.config.count)]
 
+    @property
+    def equal(self) -> list[str]:
+        """What others get as much of as JPEG; for the long tail pictures alone, as in the paper."""
+        return ["pictures"] if self.config.tail else [*SETTINGS]
+
+    def settings_of(self, name: str) -> list[str]:
+        """JPEG gives the measure of both."""
+        return ["flops"] if CONTENDERS[name].data == CONTENDERS[REFERENCE].data else self.equal
+
+    @property
+    def models(self) -> list[tuple[str, str]]:
+        return [(name, setting) for name in self.codecs for setting in self.settings_of(name)]
+
     def run_of(self, name: str, setting: str) -> Path:
         return self.out / "runs" / f"{name}-{setting}"
 
@@ -328,11 +343,6 @@ class Study:
     def features(self, *names: str) -> Path:
         """Of the samples of a model; of the round trip of a codec; of the test pictures."""
         return self.out / "features" / f"{'-'.join(names)}.npz"
-
-
-def settings_of(name: str) -> list[str]:
-    """JPEG gives the measure in both."""
-    return ["flops"] if CONTENDERS[name].data == CONTENDERS[REFERENCE].data else [*SETTINGS]
 
 
 def shrunk(pixels: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ MAIN = {
 }
 DO, COMMAND = Work.do, Work.command
 CODECS = ["jpeg", "vq8", "pixels8"]
-FLAGS = "--size 32 --config tiny --steps 3 --tokens 256 --vq-steps 3 --count 6".split()  # noqa: SIM905
+FLAGS = "--size 32 --config tiny --steps 3 --tokens 256 --vq-steps 3 --vq-width 32 --count 6".split()  # noqa: SIM905
 TRAIN = "-- --dim 32 --layers 1 --heads 1 --kv-heads 1 --hidden 32 --samples 1".split()  # noqa: SIM905
 
 
@@ -194,7 +194,8 @@ def test_more_seeds_go_on_from_there_and_another_setting_is_refused(compared, da
 
 def test_a_long_tail_is_compared_class_by_class(compared, data, weights, quick, tmp_path):
     """Of completions that are there, as if these had been what their models learned from."""
-    study = Study(compared, data, Comparison(), ["jpeg", "vq8"], [], weights)
+    study = Study(compared, data, Comparison(tail=0.1), ["jpeg", "vq8"], [], weights)
+    assert study.models == [("jpeg", "flops"), ("vq8", "pictures")]  # as many pictures, as in the paper
     study.source = long_tail(data / "train", tmp_path / "tail", 0.1)
     found, originals = compare.tail_of(study), fid.open_set(study.features("whole"), 64).features
     assert read_json(compared / "classes.json")["classes"] == ["a", "a", "b", "b", "c", "c"] and found["count"] == 2
