@@ -14,13 +14,14 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import PIL
@@ -32,6 +33,13 @@ import grammar
 import jpeg
 from plumbing.command import UserError
 from plumbing.files import read_json, write_whole
+
+
+class Outline(NamedTuple):
+    """What the bits of some symbols are, the highest first: (n, 8), or (n, 1) where a symbol is one thing."""
+
+    kinds: np.ndarray  # numbers of `Codec.kinds`, -1 from where nothing could be read any more
+    units: np.ndarray  # of which part of the picture, counted as in `Codec.units`; -1 for none
 
 
 class Codec:
@@ -48,6 +56,8 @@ class Codec:
     fps: float = 0  # which plays at so many frames a second
     parts: int  # rows that follow one another in a file, between which `head` can cut,
     part: ClassVar[str]  # and what they are
+    kinds: ClassVar[tuple[str, ...]]  # of bits, to show what a file is made of
+    units: tuple[int, ...]  # that a picture is cut into: rows and columns, of a clip frames before them
 
     def learn(self, sample: Iterable[np.ndarray]) -> Self:
         """The codec with what it has to learn from pixels, of which it takes as many as it wants."""
@@ -78,6 +88,13 @@ class Codec:
 
     def head(self, symbols: np.ndarray, keep: float) -> np.ndarray:
         """The symbols of the first `kept(keep)` of a picture."""
+
+    def begun(self, symbols: np.ndarray) -> bytes:
+        """The beginning of `file` as far as its first symbols decide it; nothing where only all of them do."""
+        return b""
+
+    def outline(self, symbols: np.ndarray) -> Outline:
+        """What each bit is, as far as the symbols can be read."""
 
     def grammar(self) -> grammar.Grammar:
         """Which symbols may follow which; after them come a start and an end."""
@@ -132,7 +149,7 @@ class JPEG(Codec):
     restart: int = 1  # MCUs from one restart marker to the next; 0: no markers
     header: bool = False  # keep the constant header, SOI and EOI in the sequence
 
-    name, suffix, part, symbols, vocab = "jpeg", ".jpg", "rows of MCUs", 256, 320
+    name, suffix, part, symbols, vocab, kinds = "jpeg", ".jpg", "rows of MCUs", 256, 320, jpeg.KINDS
 
     def __post_init__(self) -> None:
         if not 16 <= self.size <= 1024:
@@ -166,6 +183,9 @@ class JPEG(Codec):
         scan = re.sub(rb"\xff+[^\x00\xd0-\xd7\xff]", b"", scan)
         return SOI + self.tables + self.prefix[len(SOI) :] + scan + EOI
 
+    def begun(self, symbols: np.ndarray) -> bytes:
+        return self.file(symbols)[: -len(EOI)]
+
     def check(self, symbols: np.ndarray) -> str | None:
         """Valid is what T.81 allows: every code is in the Huffman tables, no block has more than 64 coefficients, no
         coefficient more bits and no DC another value than 8-bit pixels lead to, FF is stuffed (F.1.2.3), bytes are
@@ -182,10 +202,23 @@ class JPEG(Codec):
             return f"byte {end}: {data[end : end + 2].hex() or 'nothing'} after the last MCU"
         return None
 
-    def read_mcus(self, data: bytes) -> Iterator[int]:
+    def read_mcus(self, data: bytes, bits_from: Callable[[bytes, int], jpeg.Bits] = jpeg.Bits) -> Iterator[int]:
         """The offset behind each MCU of a sequence.  Errors: jpeg.Damage."""
         start, luma = len(self.around[0]), SCALE[self.subsampling] ** 2
-        return jpeg.read_scan(data, start, standard_codes(), self.bounds, luma, self.mcus, self.restart)
+        return jpeg.read_scan(data, start, standard_codes(), self.bounds, luma, self.mcus, self.restart, bits_from)
+
+    def outline(self, symbols: np.ndarray) -> Outline:
+        data, start = bytes(symbols), len(self.around[0])
+        kinds, units = (np.full((len(data), 8), -1) for _ in range(2))
+        with suppress(jpeg.Damage):
+            for _ in self.read_mcus(data, partial(jpeg.Noted, kinds, units)):
+                pass
+        kinds[:start] = jpeg.HEADER
+        for found in re.finditer(rb"\xff[\xd0-\xd9]|(?<=\xff)\x00", data[start:]):
+            place = slice(start + found.start(), start + found.end())
+            known = found.start() == 0 or kinds[place.start - 1, -1] >= 0
+            kinds[place] = (jpeg.PADDING if len(found.group()) == 1 else jpeg.MARKER) if known else -1
+        return Outline(kinds, units)
 
     def head(self, symbols: np.ndarray, keep: float) -> np.ndarray:
         """To the last byte that holds nothing of the rows below, with the restart marker if one is there."""
@@ -217,6 +250,8 @@ class JPEG(Codec):
     @property
     def mcus(self) -> int:
         return self.parts**2
+
+    units = property(lambda self: (self.parts, self.parts))
 
     @cached_property
     def tables(self) -> bytes:
@@ -257,7 +292,7 @@ def standard_codes() -> jpeg.Codes:
 class Counted(Codec):
     """A codec whose pictures all have as many symbols: an array, from left to right and from top to bottom."""
 
-    suffix = ".png"
+    suffix, kinds = ".png", ("symbol",)
     vocab = property(lambda self: self.symbols + 2)  # no pairs
     places: tuple[int, ...]  # the symbols as an array: rows, columns and what else there is
 
@@ -275,6 +310,12 @@ class Counted(Codec):
 
     def head(self, symbols: np.ndarray, keep: float) -> np.ndarray:
         return symbols[: round(self.kept(keep) * self.parts) * int(np.prod(self.places[1:]))]
+
+    units = property(lambda self: self.places[:2])
+
+    def outline(self, symbols: np.ndarray) -> Outline:
+        units = np.arange(len(symbols))[:, None] // int(np.prod(self.places[2:]))
+        return Outline(np.zeros_like(units), np.where(units < np.prod(self.units), units, -1))
 
     def grammar(self) -> grammar.Table:
         return grammar.counting(self.symbols, self.places)

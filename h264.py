@@ -31,7 +31,7 @@ import numpy as np
 import cavlc
 import grammar
 from cavlc import Node
-from codec import Codec
+from codec import Codec, Outline
 from data.clips import Screen
 from grammar import Illegal
 from plumbing.child import Child, ChildFailed
@@ -229,6 +229,34 @@ class Way(Reader):
         return data[len(begun) :], after
 
 
+KINDS = {  # what a stream is made of, and the syntax elements of each by what their names begin with
+    "start code": ("start code",),
+    "header": ("slice_header",),
+    "macroblock type": ("mb_", "coded_block_pattern", "intra_chroma"),
+    "prediction": ("ref_idx", "mvd", "intra4x4"),
+    "places of coefficients": ("coeff_token", "total_zeros", "run_before"),
+    "values of coefficients": ("trailing_ones", "level"),
+    "padding": ("rbsp",),
+}
+
+
+class Noted(Reader):
+    """A reader that notes the bits at which each syntax element begins and ends, its kind and its macroblock."""
+
+    def __init__(self, *settings: object):
+        super().__init__(*settings)
+        self.read, self.begun, self.notes = 0, 0, []  # bytes; bits; (begin, end, kind, macroblock)
+
+    def walk(self, root, *where):
+        value = yield from super().walk(root, *where)
+        end = 8 * self.read - len(self.bits) * (root is not cavlc.STOP)  # zeros follow it to the end of the byte
+        if end > self.begun:
+            kind = next(i for i, names in enumerate(KINDS.values()) if root.name.startswith(names))
+            self.notes.append((self.begun, end, kind, self.at[0] * self.macroblocks + self.at[1]))
+            self.begun = end
+        return value
+
+
 # --- the codec ------------------------------------------------------------------------------------------------------
 
 X264 = {  # section 3.1 of the paper: as plain a stream as the encoder writes
@@ -257,7 +285,7 @@ class H264(Codec):
     scene_cuts: bool = False  # let the encoder begin anew within a clip
     stride: float = 0.0  # seconds from one clip of a file to the next; 0: they lie end to end
 
-    name, suffix, part, symbols, vocab = "h264", ".mp4", "frames", 256, 1024
+    name, suffix, part, symbols, vocab, kinds = "h264", ".mp4", "frames", 256, 1024, tuple(KINDS)
 
     def __post_init__(self) -> None:
         for name, least, most, step in (("width", 16, 1024, 2), ("height", 16, 1024, 2), ("frames", 1, 250, 1)):
@@ -270,7 +298,8 @@ class H264(Codec):
 
     shape = property(lambda self: (self.frames, self.height, self.width, 3))
     parts = property(lambda self: self.frames)
-    macroblocks = property(lambda self: -(-self.width // 16) * -(-self.height // 16))  # of a frame
+    units = property(lambda self: (self.frames, -(-self.height // 16), -(-self.width // 16)))  # macroblocks
+    macroblocks = property(lambda self: self.units[1] * self.units[2])  # of a frame
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         assert pixels.shape == self.shape and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
@@ -351,9 +380,21 @@ class H264(Codec):
         sizes = (len(cavlc.NODES) + 1, 27, 17, 17, 5, self.frames, self.macroblocks)
         return grammar.Readers(self.reader, sizes)
 
-    def reader(self) -> Reader:
+    def outline(self, symbols: np.ndarray) -> Outline:
+        data, reader = bytes(symbols), self.reader(Noted)
+        stream = reader.stream(Place())
+        next(stream)
+        with contextlib.suppress(Illegal, StopIteration):
+            for reader.read, byte in enumerate(data, 1):
+                stream.send(byte)
+        kinds, units = (np.full(8 * len(data), -1) for _ in range(2))
+        for begin, end, kind, unit in reader.notes:
+            kinds[begin:end], units[begin:end] = kind, unit
+        return Outline(kinds.reshape(-1, 8), units.reshape(-1, 8))
+
+    def reader(self, kind: type[Reader] = Reader) -> Reader:
         level = self.parameter_sets[self.parameter_sets.index(b"\x67") + 3]
-        return Reader(self.macroblocks, self.frames, cavlc.MV_Y[level], self.scene_cuts)
+        return kind(self.macroblocks, self.frames, cavlc.MV_Y[level], self.scene_cuts)
 
     @cached_property
     def blank(self) -> bytes:

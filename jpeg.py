@@ -17,7 +17,7 @@ the picture with white.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,7 +96,11 @@ class Bits:
         run = re.compile(rb"(?:[^\xff]|\xff\x00)*", re.DOTALL).match(data, start).group()
         self.data, self.start, self.packed = data, start, run.replace(b"\xff\x00", b"\xff")
         self.bits = f"{int.from_bytes(self.packed):0{8 * len(self.packed)}b}" if self.packed else ""
-        self.at, self.place = 0, ""
+        self.at, self.mcu, self.block = 0, 0, 0
+
+    @property
+    def place(self) -> str:
+        return f"MCU {self.mcu}, block {self.block}"
 
     @property
     def offset(self) -> int:
@@ -158,16 +162,23 @@ def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int], largest: list
 
 
 def read_scan(
-    data: bytes, start: int, codes: Codes, bounds: Bounds, luma: int, mcus: int, restart: int
+    data: bytes,
+    start: int,
+    codes: Codes,
+    bounds: Bounds,
+    luma: int,
+    mcus: int,
+    restart: int,
+    bits_from: Callable[[bytes, int], Bits] = Bits,
 ) -> Iterator[int]:
     """Parse the entropy-coded data of so many MCUs of `luma` blocks of Y, a marker after every `restart` of them (0:
     never), and give after each the offset behind its last whole byte.  Errors: Damage."""
-    interval, bits = restart or mcus, Bits(data, start)
+    interval, bits = restart or mcus, bits_from(data, start)
     for mcu in range(mcus):
         if mcu % interval == 0:
             before = [0, 0, 0]  # DC of each component (F.2.1.3.1)
         for block in range(luma + 2):
-            bits.place = f"MCU {mcu}, block {block}"
+            bits.mcu, bits.block = mcu, block
             chroma, component = int(block >= luma), max(0, block - luma + 1)
             before[component] += read_block(bits, codes[0, chroma], codes[1, chroma], bounds.sizes[chroma])
             least, most = bounds.dc[chroma]
@@ -184,7 +195,45 @@ def read_scan(
             if there != due:
                 found = there.hex() or "the end"
                 raise Damage(f"byte {bits.offset}: {found} where restart marker {due.hex()} is due")
-            bits = Bits(data, bits.offset + 2)
+            bits = bits_from(data, bits.offset + 2)
+
+
+KINDS = ("header", "marker", "DC", "AC", "end of block", "padding")
+HEADER, MARKER, AVERAGE, DETAIL, END_OF_BLOCK, PADDING = range(len(KINDS))
+
+
+class Noted(Bits):
+    """Bits of which is noted what each is, as a number of KINDS, and of which MCU, both (n, 8)."""
+
+    def __init__(self, kinds: np.ndarray, mcus: np.ndarray, data: bytes, start: int):
+        super().__init__(data, start)
+        run = np.frombuffer(data[start : start + len(self.packed) + self.packed.count(0xFF)], np.uint8)
+        self.bytes = start + np.flatnonzero((run > 0) | (np.append(0, run)[:-1] < 0xFF))  # none that are stuffed
+        self.kinds, self.mcus, self.kind, self.begun = kinds, mcus, AVERAGE, None
+
+    def note(self, begin: int) -> None:
+        """What was read from a bit on."""
+        places = np.arange(begin, self.at)
+        places = self.bytes[places // 8], places % 8
+        self.kinds[places], self.mcus[places] = self.kind, self.mcu
+
+    def take(self, count: int) -> str:
+        taken = super().take(count)
+        self.note(self.at - count)
+        return taken
+
+    def code(self, table: dict[str, int]) -> int:
+        first, self.begun, begin = (self.mcu, self.block) != self.begun, (self.mcu, self.block), self.at
+        self.kind = AVERAGE if first else DETAIL
+        if (value := super().code(table)) == 0 and not first:
+            self.kind = END_OF_BLOCK
+            self.note(begin)
+        return value
+
+    def fill_up(self) -> None:
+        begin, self.kind = self.at, PADDING
+        super().fill_up()
+        self.note(begin)
 
 
 # --- a grammar ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@
     python sample.py out/small --prompt cat.png --keep 0.5            # complete the lower half of a picture
     python sample.py out/small --prompt photos --keep 0.25 0.5 0.75 --to completed
     python sample.py out/video --prompt film.mp4 --keep 0.67          # go on with clips after ten of fifteen frames
+    python sample.py out/small --serve 8000                           # a page on which pictures appear as it writes
+    python sample.py out/small --surprise cat.png dog.png             # where is it surprised?
+    python sample.py out/small --bits photos                          # how well would it compress?
 
 Each file has a seed of its own, (--seed, its number), and does not depend on what is drawn beside it, but for rounding:
 products of larger matrices add up in another order, and between two tokens that are nearly as likely that may decide.
@@ -38,6 +41,7 @@ from plumbing.draw import save_grid
 from plumbing.files import digest, read_json, write_json, write_whole
 from plumbing.processes import ANY_LENGTH, at_once, best_device, precision
 from plumbing.replay import STRIDE, Replay, Window, can_record
+from show.surprise import costs, save_bits, save_surprise
 
 # --- drawing tokens -------------------------------------------------------------------------------------------------
 
@@ -310,6 +314,13 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Sampl
     parser.add_argument("--batch", type=int, help="files at once (default: 64, or what fits the memory)")
     parser.add_argument("--prompt", type=Path, help="a file to complete, or a folder of them")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="shares that are given (default: 0.5)")
+    instead = parser.add_argument_group("instead of writing files").add_mutually_exclusive_group()
+    text = "a page on localhost: pictures appear while the model writes them; 0 takes any free port"
+    instead.add_argument("--serve", type=int, metavar="PORT", help=text)
+    text = "files or folders: bits of every part of a picture laid over it, beside its bytes (into RUN/surprise)"
+    instead.add_argument("--surprise", type=Path, nargs="+", metavar="IMAGE", help=text)
+    text = "a folder: bits a file beside its size, and what lossless recompressors make of it (into RUN/bits)"
+    instead.add_argument("--bits", type=Path, metavar="DIR", help=text)
     parser.add_fields(Sampling())
     flags = parser.parse(arguments)
     for name, least, most in (("count", 1, 10**9), ("batch", 1, 10**6), ("seed", 0, 2**63 - 1)):
@@ -325,7 +336,22 @@ def main(arguments: list[str] | None = None) -> None:
     device = best_device()
     model, tokenizer, source = read_run(flags.run, device)
     model.to(precision(device))
-    codec, batch = tokenizer.codec, flags.batch or at_once(model, sampling.length or model.config.context)
+    batch = flags.batch or at_once(model, sampling.length or model.config.context)
+    if flags.serve is not None:
+        from show.server import serve  # which takes from this page what draws
+
+        return serve(flags.serve, model, tokenizer, sampling, batch)
+    if sources := flags.surprise or flags.bits and [flags.bits]:
+        shown, name = (save_surprise, "surprise") if flags.surprise else (save_bits, "bits")
+        return shown(flags.to or flags.run / name, costs(model, tokenizer, sources))
+    write_files(flags, sampling, model, tokenizer, source, batch)
+
+
+def write_files(
+    flags: argparse.Namespace, sampling: Sampling, model: Llama, tokenizer: Tokenizer, source: Path, batch: int
+) -> None:
+    """What the model writes by itself, or completions of prompts at each share kept.  Errors: UserError."""
+    codec = tokenizer.codec
     held = next(path for path in (source / "manifest.json", source / "config.json") if path.exists())
     settings = {"seed": flags.seed, **asdict(sampling), "codec": codec.settings}
     settings |= {"checkpoint": source.name, "weights": digest(held)[:16]}
