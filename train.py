@@ -37,6 +37,7 @@ from data.stream import Stream, rows_of_step
 from grammar import FAR, Grammar
 from model import Block, Llama, ModelConfig
 from plumbing import huggingface
+from plumbing.card import write_card
 from plumbing.checkpoint import Saver, load, read_run
 from plumbing.command import Flags, UserError, run
 from plumbing.draw import draw_curves, save_grid, save_image
@@ -389,10 +390,11 @@ def loop(run: Run, stop: Stop, saver: Saver) -> None:
     saver.wait()
     if run.step < config.steps:
         run.say(f"stopped and saved at step {run.step}: the same command continues")
-    else:
-        run.say(
-            f"{config.out}: checkpoint, log.jsonl, loss.png and grids; `python sample.py {config.out}` writes files"
-        )
+        return
+    if rank() == 0:
+        write_card(Path(config.out))
+    made = "checkpoint, log.jsonl, loss.png, grids and a model card, README.md"
+    run.say(f"{config.out}: {made}; `python sample.py {config.out}` writes files")
 
 
 def refuse_divergence(step: int, rows: np.ndarray, loss: Tensor, norm: Tensor) -> None:

@@ -2,8 +2,9 @@
 
     lock           held while a process works on the folder, so that no second one does
     config.json    the settings of the run, its codec, and a digest of the data: another run in the folder is refused
-    started.jsonl  a line for each start: when, by which command, commit and versions, on how many processes
+    started.jsonl  a line for each start: when, by which command, commit and versions, on what and how many processes
     log.jsonl      a line for each measurement: the step, the loss, the speed
+    README.md      at the end: the model card
 
 A full disk or a kill may leave a file empty or a line cut.  So small files are written whole, and a log is read without
 the lines that are damaged.  Where there are no file locks and no SIGUSR1, as on Windows, the rest works without them.
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -140,9 +142,22 @@ def open_run(out: Path, config: "ModelConfig", tokens: Tokenizer, holds: str) ->
     git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
     note = {"time": time.strftime("%F %T"), "command": sys.argv, "commit": git.stdout.strip()}
     note["processes"] = int(os.environ.get("WORLD_SIZE", 1))
+    note["machine"] = machine()
     note["versions"] = {"python": platform.python_version(), "torch": version("torch")}
     write_lines(out / "started.jsonl", [*read_lines(out / "started.jsonl"), note])
     save_tokenizer(out, tokens)
+
+
+def machine() -> str:
+    """What computes here: a GPU, or a processor and how many threads it has for that."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    listed = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    named = re.search(r"model name\s*: (.*)", listed)
+    threads = torch.get_num_threads()
+    return f"{named[1] if named else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 # --- the log --------------------------------------------------------------------------------------------------------

@@ -355,18 +355,17 @@ def test_the_page_paints_the_file_in_a_browser(finished, pixels, clips, photos, 
                 size = "return [...document.querySelectorAll('video')].map(v => [v.videoWidth, v.videoHeight, v.error])"
                 wait_for(lambda size=size: browser.execute_script(size) == [[32, 32, None]] * 2)
                 continue
-            script = "const c = document.querySelector('canvas'); return [...c.getContext('2d').getImageData(0, 0, "
-            script += "c.width, c.height).data]"
             symbols = np.array([symbol for line in told for symbol in line["symbols"]], codec.dtype)
             want = codec.decode(symbols).astype(int)
-            shown = (
-                lambda want=want, script=script: np.array(browser.execute_script(script)).reshape(  # noqa: E731
-                    *want.shape[:2], 4
-                )[..., :3]
-            )
-            wait_for(lambda want=want, shown=shown: np.abs(shown() - want).mean() < 2)
-            assert np.abs(shown() - want).max() <= 24  # chroma is enlarged otherwise
+            wait_for(lambda want=want: np.abs(on_canvas(browser, want.shape) - want).mean() < 2)
+            assert np.abs(on_canvas(browser, want.shape) - want).max() <= 24  # chroma is enlarged otherwise
     assert not browser.get_log("browser")
+
+
+def on_canvas(browser, shape: tuple[int, int, int]) -> np.ndarray:
+    script = "const c = document.querySelector('canvas');"
+    script += "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+    return np.array(browser.execute_script(script)).reshape(*shape[:2], 4)[..., :3]
 
 
 def test_a_closed_tab_stops_its_row(finished, browser):
