@@ -1,4 +1,4 @@
-"""A file as a picture: its bytes, under each a strip of what its eight bits are, behind it what it costs the model."""
+"""A file as a picture: its bytes, and under each a strip of what its eight bits are."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -24,19 +24,19 @@ def font(size: int = 14) -> ImageFont.FreeTypeFont:
 
 def heat(values: np.ndarray, most: float) -> np.ndarray:
     """Numbers from 0 to `most` (...) as colours (..., 3) float."""
-    place = np.clip(np.nan_to_num(values) / (most or 1), 0, 1) * (len(HEAT) - 1)
+    place = np.clip(values / (most or 1), 0, 1) * (len(HEAT) - 1)
     low = np.minimum(place.astype(int), len(HEAT) - 2)
     return HEAT[low] + (HEAT[low + 1] - HEAT[low]) * (place - low)[..., None]
 
 
 def hexdump(
-    codec: Codec, symbols: np.ndarray, outline: Outline, costs: np.ndarray, lines: int, columns: int = COLUMNS
+    codec: Codec, symbols: np.ndarray, outline: Outline, backs: np.ndarray, lines: int, columns: int = COLUMNS
 ) -> Image.Image:
-    """The first symbols of a file, so many lines of them; `costs` (n,) bits, nan where they are not known."""
+    """The first symbols of a file, so many lines of them, each on a colour of its own (n, 3)."""
     shown, (width, height), digits = symbols[: lines * columns], CELL, 2 if codec.symbols <= 256 else 4
     width += 8 * (digits > 2)
     image = Image.new("RGB", (columns * width, -(-len(shown) // columns) * height), "white")
-    pen, backs = ImageDraw.Draw(image), heat(costs, np.nanmax(costs, initial=1)).astype(int).tolist()
+    pen, backs = ImageDraw.Draw(image), np.asarray(backs).astype(int).tolist()
     for i, symbol in enumerate(shown.tolist()):
         left, top = i % columns * width, i // columns * height
         pen.rectangle((left, top, left + width - 2, top + height - 2), tuple(backs[i]))

@@ -135,7 +135,7 @@ def sheet(cost: Cost) -> Image.Image:
     width, height = pairs[0][0].size
     used = [name for number, name in enumerate(cost.codec.kinds) if (cost.outline.kinds == number).any()]
     lines, columns = (max(6, height // CELL[1]), COLUMNS) if len(chosen) == 1 else (12, 2 * COLUMNS)
-    dump = hexdump(cost.codec, cost.symbols, cost.outline, cost.each, lines, columns)
+    dump = hexdump(cost.codec, cost.symbols, cost.outline, heat(cost.each, cost.each.max()), lines, columns)
     keys = legend(used, dump.width)
     captions = [
         f"frame {at}: {units[at].sum():,.0f} bits" if len(frames) > 1 else f"{units[at].sum():,.0f} bits"
