@@ -205,7 +205,7 @@ def lines(draft: Draft, tokenizer: Tokenizer) -> Iterator[dict | None]:
         symbols = tokenizer.decode(np.array(tokens, np.int64))
         lengths = [len(tokenizer.expansions[token]) for token in tokens if token < tokenizer.start]
         costs = np.repeat(np.array(draft.costs[: len(lengths)]) / lengths, lengths).tolist()
-        kinds = codec.outline(symbols).kinds
+        kinds, units = codec.outline(symbols)
         known = len(symbols) if over else int((kinds >= 0).all(1).cumprod().sum())  # what follows may change those
         data = codec.file(symbols) if over else codec.begun(symbols[:known])
         if known == shown and not over:
@@ -213,6 +213,7 @@ def lines(draft: Draft, tokenizer: Tokenizer) -> Iterator[dict | None]:
             continue
         line = {"file": data[file:].hex(), "symbols": symbols[shown:known].tolist()}
         line["kinds"] = kinds[shown:known].tolist()
+        line["unit"] = -1 if over or not known else int(units[known - 1, -1])  # that may be half there
         line["costs"] = [None if math.isnan(cost) else round(cost, 2) for cost in costs[shown:known]]
         if over:
             line |= {"over": True, "bits": round(float(np.nansum(draft.costs)), 1), "wrong": codec.check(symbols)}
@@ -223,13 +224,7 @@ def lines(draft: Draft, tokenizer: Tokenizer) -> Iterator[dict | None]:
 def about(codec: Codec, sampling: Sampling) -> dict[str, Any]:
     """What the page has to know."""
     kinds = [[name, "#" + bytes(COLOURS[name]).hex()] for name in codec.kinds]
-    facts = {
-        "codec": codec.name,
-        "suffix": codec.suffix,
-        "shape": codec.shape,
-        "parts": codec.parts,
-        "part": codec.part,
-    }
+    facts = {name: getattr(codec, name) for name in ("name", "suffix", "shape", "parts", "units")}
     facts |= {"digits": 2 if codec.symbols <= 256 else 4, "kinds": kinds, "grows": bool(codec.begun(np.empty(0, int)))}
     return facts | {"temperature": sampling.temperature, "top_p": sampling.top_p, "largest": LARGEST_PROMPT}
 
