@@ -140,7 +140,7 @@ def grammar(symbols: np.ndarray, legal: np.ndarray, chance: np.ndarray) -> Image
         byte = int(symbols[at])
         x, y = left + byte % 16 * cell, top + byte // 16 * cell
         pen.rectangle((x - 2, y - 2, x + cell, y + cell), outline=INK, width=2)
-        said = f"{byte:02x} came, found likely by {chance[at, byte]:.1%}"
+        said = f"{byte:02x} came, which had {chance[at, byte]:.1%}"
         pen.text((left, top + 16 * cell + 6), said, FAINT, font(13))
     note = "grey: illegal; white to red: legal, and how likely the model finds it"
     pen.text((EDGE, image.height - 26), note, FAINT, font(13))

@@ -5,6 +5,7 @@
     python -m studies.compare out/tail --data eurosat --views 8 --tail 0.02 --codecs jpeg vq8 vq4
     python -m studies.compare out/kinds --data satellite photos plots --size 32 --codecs jpeg vq4
     python -m studies.compare out/larger --data eurosat --views 8 --config photos --steps 6000 -- --compile    # a GPU
+    python -m studies.compare vote out/compare           # a page to vote on, blindly; see `vote --help`
 
 DATA holds `train` and `test`, folders of pictures.  For each codec, and with nothing but the codec different: learn it,
 prepare, train the same Llama, sample, complete the pictures of `test`, and measure.  JPEG is trained once, each other
@@ -34,6 +35,7 @@ from plumbing.files import read_json, write_json, write_whole
 from plumbing.plan import count
 from plumbing.run import claim, read_lines
 from plumbing.weights import model_config
+from studies import vote
 from studies.contest import (
     CONTENDERS,
     DECIDED,
@@ -335,6 +337,8 @@ def write_kinds(out: Path, studies: list[Study]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     arguments, extra = split(arguments)
+    if arguments[:1] == ["vote"]:
+        return vote.main(arguments[1:])
     parser = Flags(__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     text = "folder that holds train and test, folders of pictures; several are compared one by one"
