@@ -9,6 +9,12 @@ from functools import cache
 
 import numpy as np
 
+REFS = 3  # frames back that a macroblock may be copied from
+I_QP = -3  # the quantizer of intra frames less that of others: x264 divides the step by 1.4
+MV_X = -8192, 8191  # quarter pixels (A.3.1)
+MV_Y = {10: 256, 11: 512, 12: 512, 13: 512, 20: 512, 21: 1024, 22: 1024, 30: 1024}  # by level (table A-1) ...
+MV_Y |= dict.fromkeys((31, 32, 40, 41, 42, 50, 51, 52), 2048)  # ... quarter pixels, both ways
+
 
 class Node(list):
     """[what follows a 0, what follows a 1]: a Node, the value of a whole codeword, or None where none is legal."""
@@ -18,6 +24,7 @@ class Node(list):
     # by byte what a whole byte leads to, and the bits that are left of it, the last one first
 
     def byte(self, byte: int) -> tuple[object, list[int]]:
+        """Where a whole byte leads, and the bits left of it, the last first; kept in `read`."""
         node, bits = self, [byte >> shift & 1 for shift in range(8)]
         while bits and type(node) is Node:
             node = node[bits.pop()]
@@ -37,7 +44,8 @@ NODES: dict[tuple[str, object], int] = {}  # of all trees, in the order in which
 
 
 def tree(name, codes, after=lambda value: 0, label=lambda prefix: prefix):
-    """The tree of {codeword: value}; `after` is how many bits more a macroblock takes after a value, about."""
+    """The tree of {codeword: value}; `after` is how many bits more a macroblock takes after a value, about.  `label`
+    names a node by the bits that lead to it: nodes of one name and label share a number, which the model is told."""
 
     def grow(prefix, codes):
         if prefix in codes or not codes:
@@ -113,6 +121,7 @@ def coeff_token(table, most):
 
 @cache
 def total_zeros(total, most):
+    """Zeros before the last of `total` coefficients, in a block of at most `most` (tables 9-7 to 9-9)."""
     name, tables = ("total_zeros_dc", TOTAL_ZEROS_DC) if most == 4 else ("total_zeros", TOTAL_ZEROS)
     codes = [*rows(*tables)][total - 1]
     return tree(f"{name}{total}", {code: zeros for code, zeros in codes.items() if zeros <= most - total})
@@ -120,11 +129,13 @@ def total_zeros(total, most):
 
 @cache
 def run_before(zeros):
+    """Zeros right before a coefficient, of so many that are left (table 9-10)."""
     codes = [*rows(*RUN_BEFORE)][min(zeros, 7) - 1]
     return tree(f"run_before{min(zeros, 7)}", {code: run for code, run in codes.items() if run <= zeros})
 
 
 def fixed(name, size):
+    """Numbers of `size` bits."""
     return tree(name, {f"{value:0{size}b}": value for value in range(1 << size)}, label=len) if size else 0
 
 
@@ -135,7 +146,7 @@ STOP = tree("rbsp_stop_one_bit", {"1": 1})
 SKIP = tree("mb_skip_run", {ue(0): 0, ue(1): 1}, lambda run: 0 if run else 8)
 QP_DELTA = tree("mb_qp_delta", {"1": 0})  # the quantizer is constant
 CHROMA_MODE = tree("intra_chroma_pred_mode", {"1": 0})  # DC: all others need a neighbour
-CBP = {  # table 9-4: chroma << 4 | luma
+CBP_ORDER = {  # table 9-4: chroma << 4 | luma
     "intra": "47 31 15 0 23 27 29 30 7 11 13 14 39 43 45 46 16 3 5 10 12 19 21 26 28 35 37 42 44 1 2 4 8 17 18 20 24 6 "
     "9 22 25 32 33 34 36 40 38 41",
     "inter": "0 16 1 2 4 8 32 3 5 10 12 15 47 7 11 13 14 6 9 31 35 37 42 44 33 34 36 40 39 43 45 46 17 18 20 24 19 21 "
@@ -147,10 +158,11 @@ CBP = {
         {ue(i): int(value) for i, value in enumerate(values.split())},
         lambda value: 4 * (value & 15).bit_count() + 8 * (value >> 4),
     )
-    for kind, values in CBP.items()
+    for kind, values in CBP_ORDER.items()
 }
 REF_IDX = [None, 0, tree("ref_idx1", {"1": 0, "0": 1})]  # by how many there are (9.1, te(v))
-REF_IDX += [tree("ref_idx", {ue(i): i for i in range(n)}) for n in range(3, 17)]
+REF_IDX += [tree("ref_idx", {ue(i): i for i in range(n)}) for n in range(3, 17)]  # more than REFS are never read, but
+# the numbers of the nodes behind them, which data and models hold, depend on these
 
 
 @cache
@@ -166,6 +178,8 @@ def mb_type(kind):
 
 @cache
 def mvd(name, least, most):
+    """A difference of motion vectors, se(v), within bounds, in quarter pixels."""
+
     def shape(prefix):  # zeros, and bits after them
         return len(prefix) - len(prefix.lstrip("0")), len(prefix.lstrip("0"))
 
@@ -206,10 +220,6 @@ def header(kinds, macroblock, number, idr, refs):  # 7.3.3
     return tree("slice_header", codes, label=len)
 
 
-REFS = 3  # frames back that a macroblock may be copied from
-I_QP = -3  # the quantizer of intra frames less that of others: x264 divides the step by 1.4
-
-
 def number_nodes():
     """Make all trees in one order, for a node must have the same number in every run."""
     for most in (16, 15, 4):
@@ -235,7 +245,4 @@ def number_nodes():
         NODES.setdefault(("slice_header", length), len(NODES))
 
 
-MV_X = -8192, 8191  # quarter pixels (A.3.1)
-MV_Y = {10: 256, 11: 512, 12: 512, 13: 512, 20: 512, 21: 1024, 22: 1024, 30: 1024}  # by level (table A-1) ...
-MV_Y |= dict.fromkeys((31, 32, 40, 41, 42, 50, 51, 52), 2048)  # ... quarter pixels, both ways
 number_nodes()

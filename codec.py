@@ -110,6 +110,8 @@ class Codec:
 
     @classmethod
     def load(cls, folder: Path, saved: dict[str, object]) -> Self:
+        """The codec of what `save` gave.  Errors: KeyError, TypeError or ValueError, of which `load_tokenizer` makes a
+        sentence."""
         if odd := [each.name for each in fields(cls) if each.repr and type(saved[each.name]) is not each.type]:
             raise TypeError(f"{odd[0]} is {saved[odd[0]]!r}")
         return cls(**{each.name: saved[each.name] for each in fields(cls)})
@@ -130,6 +132,7 @@ class Codec:
 # --- JPEG -----------------------------------------------------------------------------------------------------------
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"  # start of image, end of image (T.81 table B.1)
+TABLES_ONLY, PICTURE_ONLY = 1, 2  # libjpeg's stream types
 SCALE = {"4:2:0": 2, "4:4:4": 1}  # blocks of Y that an MCU is wide and high; then one of Cb, one of Cr (A.2.3)
 
 
@@ -189,7 +192,7 @@ class JPEG(Codec):
     def check(self, symbols: np.ndarray) -> str | None:
         """Valid is what T.81 allows: every code is in the Huffman tables, no block has more than 64 coefficients, no
         coefficient more bits and no DC another value than 8-bit pixels lead to, FF is stuffed (F.1.2.3), bytes are
-        filled up with ones, restart markers count modulo 8 (E.1.4), no MCU is missing."""
+        filled up with ones, restart markers count modulo 8 (B.2.1), no MCU is missing."""
         data, (before, after) = bytes(symbols), self.around
         if not data.startswith(before):
             wrong = len(os.path.commonprefix([data, before]))
@@ -229,8 +232,8 @@ class JPEG(Codec):
         return symbols[: end + 2 * bool(self.restart and mcus % self.restart == 0)]
 
     def grammar(self) -> grammar.Table:
-        bits = jpeg.automaton(standard_codes(), self.bounds.sizes, SCALE[self.subsampling] ** 2)
-        return jpeg.scan(bits, self.bounds.dc, self.mcus, self.parts, self.restart, *self.around)
+        machine = jpeg.automaton(standard_codes(), self.bounds.sizes, SCALE[self.subsampling] ** 2)
+        return jpeg.scan(machine, self.bounds.dc, self.mcus, self.parts, self.restart, *self.around)
 
     @property
     def around(self) -> tuple[bytes, bytes]:
@@ -275,9 +278,6 @@ class JPEG(Codec):
         settings = {"quality": self.quality, "subsampling": self.subsampling, "streamtype": streamtype}
         Image.fromarray(pixels).save(out, "JPEG", **settings, **markers)
         return out.getvalue()
-
-
-TABLES_ONLY, PICTURE_ONLY = 1, 2  # libjpeg's stream types
 
 
 @cache
@@ -388,11 +388,6 @@ class Pixels(Counted):
 # --- byte pairs -----------------------------------------------------------------------------------------------------
 
 
-@lru_cache(16)
-def grammar_of(tokenizer: "Tokenizer") -> grammar.Grammar:
-    return tokenizer.codec.grammar().with_pairs(tokenizer.merges)
-
-
 LARGEST_VOCAB = 0xD800  # above are the characters that a string cannot hold
 
 
@@ -483,6 +478,12 @@ class Tokenizer:
         for left, right in self.merges:
             table.append(np.concatenate([table[left], table[right]]))
         return table
+
+
+@lru_cache(16)
+def grammar_of(tokenizer: Tokenizer) -> grammar.Grammar:
+    """The grammar over a tokenizer's tokens, which takes seconds to build: the last 16 are kept."""
+    return tokenizer.codec.grammar().with_pairs(tokenizer.merges)
 
 
 # --- codec.json: settings are typed once, in data.prepare, and travel with the data and the model -------------------

@@ -5,7 +5,8 @@ makes every sample a whole valid file, from any model.  Used as an input, it tel
 stands, which is hard to see in bytes: a Huffman code begins and ends anywhere within one.
 
 `Grammar` is what sampling and preparation ask; `Table` answers for every format whose reader has finitely many states
-and counts something: a picture's blocks (`scan`, JPEG) or the symbols themselves (`counting`, pixels).
+and counts something: a picture's blocks (`jpeg.scan`) or the symbols themselves (`counting`, pixels).  `Readers`
+answers for formats that no table can hold (H.264).
 """
 
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ def refuse_bad_prompts(walk: Walk, prompts: list[np.ndarray], length: int) -> No
 
 
 def bits_of(states: int) -> int:
-    """Those of the number of a local state, in an entry of a Table; a rule comes before them."""
+    """Bits that hold the number of a local state in an entry of a Table; the rule stands above them."""
     return (states - 1).bit_length()
 
 
@@ -101,7 +102,7 @@ class Memory:
     """What a Table's reader remembers besides, to tell it the model: numbers that it decoded.  Here nothing."""
 
     sizes: tuple[int, ...] = ()  # how many values each of the K syntax positions has that it tells
-    asks = False  # whether a step looks at what came out to know how to go on, for which a GPU must be waited for
+    waits = False  # whether a step looks at what came out to know how to go on, for which a GPU must be waited for
 
     def to(self, device: object) -> "Memory":
         return self
@@ -130,8 +131,9 @@ class Table:
 
     An entry of `layers[i][local, token]` is rule << bits | the local state that follows.  A rule says at which counts
     the token is legal, and how far the count goes on; rule 0 never is, rule 1 always.  Of the layers, at most one has a
-    legal entry at any count.  The tokens that are left are `away[local]`, as if nothing were to follow the present
-    unit, and those of the units to come, which `cost` adds, too many where a rule forbids.
+    legal entry at any count.  JPEG needs two where an MCU may be followed by another without a marker: the byte in
+    which it ends goes on with padding or with the next MCU's bits.  `away[local]` is the tokens to the end of the
+    present unit, `cost[count, rule]` those of all units after it, or too many for any room where the rule forbids.
 
     The memory may forbid more.  To ask it about every token takes longer than to be refused now and then; on a GPU,
     where every question would be waited for, the mask is `exact`.
@@ -281,9 +283,6 @@ class OnCPU:
     def positions(self, states: State) -> Array:
         return self.tensor(self.table.positions(states)).long()
 
-    def rest(self, states: State) -> Array:
-        return self.tensor(self.table.rest(states))
-
     def tensor(self, array: np.ndarray) -> Array:
         import torch
 
@@ -365,7 +364,7 @@ class Row:
     """A file that is being read."""
 
     reader: Any
-    asks: Any  # its generator, which waits for a byte
+    generator: Any  # its generator, which waits for a byte
     ask: tuple | None  # (node, where it stands in the syntax ..., zero bytes before) of that byte; None after the last
     begun: bytearray  # what of the present unit was read
     ended: bool = False  # by an end token
@@ -377,7 +376,7 @@ class Row:
         place = self.reader.place
         self.begun.append(byte)
         try:
-            self.ask = self.asks.send(byte)
+            self.ask = self.generator.send(byte)
         except StopIteration:
             self.ask = None
         if self.reader.place is not place:
@@ -437,8 +436,10 @@ class Readers:
         self.first = np.array([expansion[0] for expansion in self.expansions])
         self.lengths = np.array([*map(len, self.expansions), 0, 0])
         self.longest = int(self.lengths.max())
-        self.far = LONGEST_WAY + self.longest  # tokens from within a unit, more than from its place on, at most
-        self.numbers: dict[tuple[int, int], int] = {}  # by node and zeros, of
+        self.far = (
+            LONGEST_WAY + self.longest
+        )  # tokens that the end is farther from within a unit than from its place, at most
+        self.numbers: dict[tuple[int, int], int] = {}  # of rows of `legal`, by (id of the node, zeros)
         self.legal: list[np.ndarray] = [np.zeros(256, bool)]  # (256,) the bytes that may be next: none after the last
         self.tails: dict[object, Spelling] = {None: Spelling(b"", [1])}  # from a place, the end is a token
         self.spelled = lru_cache(1 << 15)(self.spell)
@@ -522,8 +523,8 @@ class Readers:
     def read_again(self, place: object, begun: bytes = b"") -> Row:
         """A row that has read so much of the unit at a place."""
         reader = self.make()
-        asks = reader.stream(place)
-        row = Row(reader, asks, next(asks, None), bytearray())
+        generator = reader.stream(place)
+        row = Row(reader, generator, next(generator, None), bytearray())
         for byte in begun:
             row.push(byte)
         return row

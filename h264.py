@@ -63,10 +63,10 @@ class Place(NamedTuple):
 
 
 class Reader:
-    """Reads a stream of so many macroblocks a frame; a motion vector may point `rows` quarter pixels up or down."""
+    """Reads a stream of so many macroblocks a frame; a motion vector may point `reach` quarter pixels up or down."""
 
-    def __init__(self, macroblocks: int, frames: int, rows: int, scene_cuts: bool):
-        self.macroblocks, self.frames, self.rows, self.scene_cuts = macroblocks, frames, rows, scene_cuts
+    def __init__(self, macroblocks: int, frames: int, reach: int, scene_cuts: bool):
+        self.macroblocks, self.frames, self.reach, self.scene_cuts = macroblocks, frames, reach, scene_cuts
         self.bits, self.zeros, self.at, self.place, self.settled = [], 0, (0, 0), Place(), False
 
     def stream(self, place: Place | None) -> Generator[tuple, int, None]:  # B.1.1, 7.3.1
@@ -78,14 +78,14 @@ class Reader:
 
     def way(self, place: Place, begun: bytes) -> tuple[bytes, Place | None]:
         """The bytes of a short way to complete a slice, and where the next one begins."""
-        return Way(self.macroblocks, self.frames, self.rows, self.scene_cuts).complete(place, begun)
+        return Way(self.macroblocks, self.frames, self.reach, self.scene_cuts).complete(place, begun)
 
     @staticmethod
     def pieces(data: bytes) -> list[bytes]:
         return units(data)
 
-    def slice(self, slice, number, idr, kind):  # 7.3.2.8
-        self.at = frame, first = divmod(slice, self.macroblocks)
+    def slice(self, index, number, idr, kind):  # 7.3.2.8
+        self.at = frame, first = divmod(index, self.macroblocks)
         self.settled = first > 0 or not self.scene_cuts  # else its kind is still open
         if first:
             nals, kinds = (cavlc.IDR if kind == "IDR" else cavlc.OTHER,), (kind,)
@@ -100,10 +100,15 @@ class Reader:
             number, idr, kinds = (0, 1 - idr, ("IDR",)) if nal == cavlc.IDR else (number + 1, idr, kinds)
         kind = yield from self.walk(cavlc.header(kinds, first, number, idr, min(number, cavlc.REFS)))
         yield from self.slice_data(kind, min(number, cavlc.REFS))
-        return Place(slice + 1, number, idr, kind) if slice + 1 < self.macroblocks * self.frames else None
+        return Place(index + 1, number, idr, kind) if index + 1 < self.macroblocks * self.frames else None
 
     def walk(self, root, block=0, left=0, more=0):
-        """The value of a codeword; asks for bytes without emulation prevention (7.3.1, 7.4.1)."""
+        """The value of a codeword; asks for bytes without emulation prevention (7.3.1, 7.4.1).
+
+        Yields (node, block, left, more, zeros): block is 0 to 26 in coding order, left the coefficients still to come,
+        more the zeros left or the length of a level's suffix, zeros the zero bytes before the next one; 3: an escaping
+        03 was read; 4: inside a start code.
+        """
         node, bits = root, self.bits
         while type(node) is Node:
             if bits:
@@ -140,7 +145,7 @@ class Reader:
         if form == "P":
             yield from self.walk(cavlc.REF_IDX[refs])
             yield from self.walk(cavlc.mvd("mvd_x", *cavlc.MV_X))  # 8.4.1.3: there is none to predict it from
-            yield from self.walk(cavlc.mvd("mvd_y", -self.rows, self.rows - 1))
+            yield from self.walk(cavlc.mvd("mvd_y", -self.reach, self.reach - 1))
         else:
             if form == "I4x4":
                 yield from self.intra_modes()
@@ -377,6 +382,7 @@ class H264(Codec):
         return symbols[: sum(map(len, units(bytes(symbols))[:count]))]
 
     def grammar(self) -> grammar.Readers:
+        # node (0: the end), block, coefficients left, zeros left or length of a suffix, zero bytes, frame, macroblock
         sizes = (len(cavlc.NODES) + 1, 27, 17, 17, 5, self.frames, self.macroblocks)
         return grammar.Readers(self.reader, sizes)
 

@@ -136,8 +136,8 @@ class Bits:
 
 
 def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int], largest: list[int]) -> int:
-    """One block of 64 coefficients (F.2.2): DC, by its difference from the one before, which is given back, then those
-    of AC that are not zero; none has more bits than it can."""
+    """Read a block (F.2.2) and return its DC difference.  AC is checked only: at most 64 coefficients in all, none of
+    more bits than `largest` has for its zigzag index.  Errors: Damage."""
 
     def value(index: int, size: int) -> int:
         if size > largest[index]:
@@ -190,7 +190,7 @@ def read_scan(
             continue
         bits.fill_up()
         yield bits.offset
-        if mcu + 1 < mcus:  # markers count modulo 8 (E.1.4)
+        if mcu + 1 < mcus:  # markers count modulo 8 (B.2.1)
             due, there = bytes([0xFF, 0xD0 + mcu // interval % 8]), data[bits.offset : bits.offset + 2]
             if there != due:
                 found = there.hex() or "the end"
@@ -246,10 +246,10 @@ LONGEST_VALUE = 11  # bits (tables F.1 and F.2)
 class Automaton:
     """What may follow, bit by bit, inside an MCU, which is all that the reader of a scan remembers (T.81 F.2.2).
 
-    A state is (block of the MCU, index of the next coefficient in zigzag order, place), as one number; the place is a
-    node of the coefficient's Huffman tree or, past `nodes`, how many bits of a value are left, and past those how many
-    it has of which none is read, for the first is its sign.  The index goes up to 64: there stands a block whose last
-    value is still being read.  State 0 begins an MCU.
+    A state is one number for (block of the MCU, index of the next coefficient in zigzag order, place).  Places are, in
+    order: the nodes of the coefficient's Huffman tree; 1 to 11 bits of a value left; a value of 1 to 11 bits of which
+    none is read, for its first bit is its sign.  Index 64 means that the block's last value is still being read.  State
+    0 begins an MCU.
     """
 
     steps: np.ndarray  # (end, 2) the state after a 0 and after a 1; -1 where that is not legal
@@ -318,60 +318,60 @@ def tree(codes: dict[str, int]) -> list[list[int | None]]:
     return nodes
 
 
-def nibbles(bits: Automaton, onward: bool) -> np.ndarray:
+def nibbles(machine: Automaton, onward: bool) -> np.ndarray:
     """(states, 16) the state after each four bits, -1 where they are not legal, from each state, the last row being
     that of -1.
 
     Where an MCU ends inside a byte, the rest are ones (F.1.2.3), and the state is `end`; or, `onward`, the bits of the
-    next MCU, and the state is end + 1 + one inside that.  No byte holds the ends of two: an MCU takes 14 bits.
+    next MCU, and the state is end + 1 + one inside that.  No byte holds the ends of two: an MCU takes 14 bits or more.
     """
-    end, nowhere = bits.end, [[-1, -1]]
-    steps = np.concatenate([bits.steps, [[-1, end]], nowhere])
+    end, nowhere = machine.end, [[-1, -1]]
+    steps = np.concatenate([machine.steps, [[-1, end]], nowhere])
     if onward:
-        steps = into_the_next(bits)
+        steps = into_the_next(machine)
     two = steps[steps].reshape(-1, 4)
     return two[two].reshape(-1, 16)
 
 
-def into_the_next(bits: Automaton) -> np.ndarray:
+def into_the_next(machine: Automaton) -> np.ndarray:
     """(2 * end + 2, 2) the state after each bit where an MCU is followed by the bits of the next, as in `nibbles`."""
-    inside = np.where(bits.steps == bits.end, bits.end + 1, bits.steps)
-    beyond = np.where((bits.steps < 0) | (bits.steps == bits.end), -1, bits.steps + bits.end + 1)
-    return np.concatenate([inside, [[-1, bits.end]], beyond, [[-1, -1]]])
+    inside = np.where(machine.steps == machine.end, machine.end + 1, machine.steps)
+    beyond = np.where((machine.steps < 0) | (machine.steps == machine.end), -1, machine.steps + machine.end + 1)
+    return np.concatenate([inside, [[-1, machine.end]], beyond, [[-1, -1]]])
 
 
-def parts_of(bits: Automaton) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def parts_of(machine: Automaton) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each state, whether it stands in the Huffman code of a DC difference; how many bits this has, if none is read;
     and how many of them are left, if some are.  0 elsewhere."""
-    states = np.arange(bits.end)
-    coefficient, place = states // bits.width % 65, states % bits.width - bits.nodes
+    states = np.arange(machine.end)
+    coefficient, place = states // machine.width % 65, states % machine.width - machine.nodes
     count = np.where((coefficient == 1) & (place >= 0), place % LONGEST_VALUE + 1, 0)
     begins = place >= LONGEST_VALUE
     return (coefficient == 0) & (place < 0), count * begins, count * ~begins
 
 
-def least_differences(bits: Automaton) -> np.ndarray:
+def least_differences(machine: Automaton) -> np.ndarray:
     """(end + 1,) the least number other than negative that a DC difference can still be, before its sign; the last is
     that of -1."""
-    code, size, _ = parts_of(bits)
+    code, size, _ = parts_of(machine)
     least = np.append((1 << size) >> 1, FAR)
     for _ in range(16):
-        least[:-1][code] = least[bits.steps[code]].min(1)
+        least[:-1][code] = least[machine.steps[code]].min(1)
     return least
 
 
-def bytes_to_end(bits: Automaton) -> np.ndarray:
+def bytes_to_end(machine: Automaton) -> np.ndarray:
     """(end + 1,) the fewest bytes from each state to the end of the MCU, the bits filled up and an FF stuffed: a fixed
     point, reached in a few rounds.
 
     Whether a DC can stay within its bounds is not known here, so of DC differences the least are read, of which one can
     always follow, and their bits as if they were to fill an FF.
     """
-    end, (code, size, left) = bits.end, parts_of(bits)
-    steps = np.concatenate([bits.steps, [[-1, end], [-1, -1]]])
+    end, (code, size, left) = machine.end, parts_of(machine)
+    steps = np.concatenate([machine.steps, [[-1, end], [-1, -1]]])
     forced = np.concatenate([size + left > 0, [False, False]])
-    least, chosen = least_differences(bits), np.full((end + 2, 2), True)
-    chosen[:end][code] = least[bits.steps[code]] == least[bits.steps[code]].min(1, keepdims=True)
+    least, chosen = least_differences(machine), np.full((end + 2, 2), True)
+    chosen[:end][code] = least[machine.steps[code]] == least[machine.steps[code]].min(1, keepdims=True)
     away = np.full(end + 2, FAR, np.int32)  # the last is that of -1
     away[end] = 0
 
@@ -393,8 +393,8 @@ class Layout:
     """The numbers of the local states of `scan`.
 
     First those of the automaton, which also stand between two bytes of which one ends inside a code; then those that
-    wait for the 00 after an FF; the prefix's; and four: the MCU and its padding are over, an FF after that, the suffix
-    is over, the file is.
+    wait for the 00 after an FF; the prefix's; and four: `over`, the MCU and its padding are read; `marker`, an FF after
+    that; `closed`, the suffix is read; `ended`, the file.
     """
 
     end: int  # states of the automaton
@@ -412,7 +412,7 @@ class Layout:
 
 
 def scan(
-    bits: Automaton,
+    machine: Automaton,
     dc: list[tuple[int, int]],
     mcus: int,
     columns: int,
@@ -424,19 +424,19 @@ def scan(
     them (0: never), `suffix` (EOI).  Local states are those of `Layout`, the count is the number of the MCU."""
     number, interval, rules = np.arange(mcus + 1), restart or mcus, rules_of(mcus + 1)
     closes = ((number + 1) % interval == 0) | (number + 1 == mcus)  # an interval ends with this MCU
-    readings = [(nibbles(bits, onward=False), rules.number(closes, 0) if interval > 1 else ALWAYS)]
+    readings = [(nibbles(machine, onward=False), rules.number(closes, 0) if interval > 1 else ALWAYS)]
     if goes_on := rules.number(~closes & (number < mcus), 1):
-        readings.append((nibbles(bits, onward=True), goes_on))
-    all_ones = [half[half[: bits.end, 15], 15] for half, _ in readings]
+        readings.append((nibbles(machine, onward=True), goes_on))
+    all_ones = [half[half[: machine.end, 15], 15] for half, _ in readings]
     after_ff = np.unique(np.concatenate(all_ones))
-    at = Layout(bits.end, after_ff[after_ff >= 0], len(prefix))
+    at = Layout(machine.end, after_ff[after_ff >= 0], len(prefix))
 
     layers = scan_layers(readings, at)
     layer = layers[0]
     for i, byte in enumerate(prefix):
         layer[at.in_prefix + i, byte] = ALWAYS * at.unit + (at.in_prefix + i + 1 if i + 1 < len(prefix) else 0)
     layer[at.over, 0xFF] = rules.number(number < mcus - 1 + bool(suffix), 1) * at.unit + at.marker
-    for n in range(8):  # markers count the intervals before them, modulo 8 (E.1.4)
+    for n in range(8):  # markers count the intervals before them, modulo 8 (B.2.1)
         due = (number < mcus) & ((number // interval - 1) % 8 == n)
         layer[at.marker, 0xD0 + n] = rules.number(due, 0) * at.unit
     if suffix:
@@ -445,9 +445,9 @@ def scan(
     layer[at.closed if suffix else at.over, 257] = (ALWAYS if suffix else whole) * at.unit + at.ended
     layer[at.ended, 257] = ALWAYS * at.unit + at.ended
 
-    away, tail = scan_rest(bytes_to_end(bits), at, mcus, interval, len(suffix))
-    memory = decoded(bits, dc, at, (mcus // columns, columns), interval, closes)
-    local_syntax, sizes = scan_syntax(bits, at, (mcus // columns, columns))
+    away, tail = scan_rest(bytes_to_end(machine), at, mcus, interval, len(suffix))
+    memory = decoded(machine, dc, at, (mcus // columns, columns), interval, closes)
+    local_syntax, sizes = scan_syntax(machine, at, (mcus // columns, columns))
     local_syntax = np.pad(local_syntax, [(0, 0), (0, len(memory.sizes))])
     count_syntax = np.zeros((mcus + 1, local_syntax.shape[1]), np.int16)
     count_syntax[:, 3], count_syntax[:, 4] = np.divmod(np.minimum(number, mcus - 1), columns)
@@ -491,14 +491,14 @@ def scan_rest(inside: np.ndarray, at: Layout, mcus: int, interval: int, suffix: 
     return away, tail
 
 
-def scan_syntax(bits: Automaton, at: Layout, grid: tuple[int, int]) -> tuple[np.ndarray, tuple[int, ...]]:
+def scan_syntax(machine: Automaton, at: Layout, grid: tuple[int, int]) -> tuple[np.ndarray, tuple[int, ...]]:
     """The syntax positions of the local states of `scan` (S, 5), and how many values each has: block, coefficient,
     node or bits left, and row and column of the MCU, which the count adds.
 
     Trees share no nodes, so that a number says which of them is read.  Before a stuffed 00 it says just that, in the
     prefix how far it is read; what follows the MCUs has blocks of its own.
     """
-    end, width = bits.end, bits.width
+    end, width = machine.end, machine.width
     blocks = end // (65 * width)
     after_ff = np.where(at.after_ff > end, at.after_ff - end - 1, at.after_ff)
     inside = np.concatenate([np.arange(end), after_ff])
@@ -534,8 +534,8 @@ class Decoded(Memory):
     present one: how far zero and the DC of blocks near by, of the same component, lie from it.  While AC is read the
     next block's is due, for its first bits often share a byte with the last of AC; else both are the same.
 
-    Of one that is not read, what its difference will be added to takes its place, and while its bits are read, what
-    they are worth so far is added: what is told is what the rest must be worth for both to be equal.
+    Until a DC is read, the DC to which its difference will be added stands in for it, and each bit of the difference
+    adds its worth as it is read.  So what is told is what the bits still to come must be worth for both to be equal.
 
     Bytes are read four bits at a time, by states of `nibbles` with the next MCU behind each.  No four bits hold the
     ends of two differences, between which AC takes two or more.
@@ -561,7 +561,7 @@ class Decoded(Memory):
     trusts: bool = False  # that the tokens which are read are legal, for an exact mask has left no others
 
     sizes = property(lambda self: (int(self.level.max()) + 1,) * self.near[0].size)
-    asks = property(lambda self: self.spelling.shape[1] > UNASKED)
+    waits = property(lambda self: self.spelling.shape[1] > UNASKED)
 
     def to(self, device: object) -> "Decoded":
         import torch
@@ -650,15 +650,15 @@ class Decoded(Memory):
 
 
 def decoded(
-    bits: Automaton, dc: list[tuple[int, int]], at: Layout, grid: tuple[int, int], interval: int, closes: np.ndarray
+    machine: Automaton, dc: list[tuple[int, int]], at: Layout, grid: tuple[int, int], interval: int, closes: np.ndarray
 ) -> Decoded:
     """The memory of `scan`."""
-    end, blocks = bits.end, bits.end // (65 * bits.width)
-    block, coefficient, part = np.unravel_index(np.arange(end), (blocks, 65, bits.width))
-    in_ac = (coefficient > 1) | (coefficient == 1) & (part < bits.nodes)
+    end, blocks = machine.end, machine.end // (65 * machine.width)
+    block, coefficient, part = np.unravel_index(np.arange(end), (blocks, 65, machine.width))
+    in_ac = (coefficient > 1) | (coefficient == 1) & (part < machine.nodes)
     nowhere, beyond = 2 * end + 1, np.concatenate([block + in_ac, [blocks], blocks + block + in_ac, [0]])
-    after, gain = into_the_next(bits), np.zeros((2, 2 * end + 2, 2), np.int16)
-    gain[0, :end] = gain[0, end + 1 : -1] = worth(bits)
+    after, gain = into_the_next(machine), np.zeros((2, 2 * end + 2, 2), np.int16)
+    gain[0, :end] = gain[0, end + 1 : -1] = worth(machine)
     for _ in range(2):  # two bits, then four
         moved = (beyond[after] > beyond[:, None])[..., None]
         here = gain[0][..., None] + np.where(moved, 0, gain[0][after])
@@ -676,14 +676,14 @@ def decoded(
     place[at.waiting] = place[np.where(at.after_ff > end, at.after_ff - end - 1, at.after_ff)]
     after = np.stack([np.where(after < 0, nowhere, after), *gain], -1).reshape(-1, 3).astype(np.int32)
     spelling = np.append(np.arange(256), [-1, -1])[:, None].astype(np.int32)
-    due = np.stack([beyond, *kept_open(bits, dc, beyond % blocks)], -1).astype(np.int32)
+    due = np.stack([beyond, *kept_open(machine, dc, beyond % blocks)], -1).astype(np.int32)
     return Decoded(end, closes, after, due, inside, place, blocks, before, near, base, first, level, spelling)
 
 
-def kept_open(bits: Automaton, dc: list[tuple[int, int]], due: np.ndarray) -> Iterator[np.ndarray]:
+def kept_open(machine: Automaton, dc: list[tuple[int, int]], due: np.ndarray) -> Iterator[np.ndarray]:
     """What Decoded.due says of bounds, from the number of the block that is due at each state."""
-    far, (code, size, left) = 1 << 16, parts_of(bits)
-    least, rest = np.minimum(least_differences(bits)[:-1], far), (1 << left) - 1
+    far, (code, size, left) = 1 << 16, parts_of(machine)
+    least, rest = np.minimum(least_differences(machine)[:-1], far), (1 << left) - 1
     most = np.where(code, far, (1 << size) - 1)
     least, most = np.stack([least, -most]), np.stack([most + rest, rest - least])  # not negative, negative
     least, most = (np.concatenate([each, [[0], [0]], each, [[0], [0]]], 1) for each in (least, most))
@@ -703,10 +703,10 @@ def due_and_present(of: np.ndarray) -> np.ndarray:
     return pairs.reshape(-1, *pairs.shape[2:])
 
 
-def worth(bits: Automaton) -> np.ndarray:
+def worth(machine: Automaton) -> np.ndarray:
     """(end, 2) what a 0 and a 1 add to the DC difference to which they belong (F.1.2.1): of `size` bits, those below
     2 ** (size - 1) stand for negative numbers, which begin at 1 - 2 ** size."""
-    _, size, left = parts_of(bits)
+    _, size, left = parts_of(machine)
     return np.stack([np.where(size, 1 - (1 << size), 0), (1 << size + left) >> 1], 1)
 
 

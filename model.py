@@ -29,7 +29,7 @@ class ModelConfig:
     heads: int = 6  # query heads per block
     kv_heads: int = 6  # key/value heads per block; fewer than heads: each serves a group of query heads
     hidden: int = 1024  # width inside the feed-forward
-    rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi, in tokens
+    rope_theta: float = 10_000.0  # rotary frequencies fall from 1 towards 1 / rope_theta radians a token
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     qk_norm: bool = False  # RMSNorm of every query and key: no attention logit can grow without bound
 
@@ -147,20 +147,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def sharded_as(weight: Tensor, whole: Tensor) -> Tensor:
-    """A whole matrix that every process has, or this process's part of it if the weight is sharded."""
-    if not isinstance(weight, DTensor):
-        return whole
-    same = DTensor.from_local(whole.to(weight.device), weight.device_mesh, [Replicate()], run_check=False)
-    return same.redistribute(placements=weight.placements)  # each process cuts its part out, without a word
-
-
-@torch.no_grad()
-def fill(weight: Tensor, whole: Tensor) -> None:
-    """Write a whole matrix into a weight, or this process's part of it."""
-    weight.copy_(sharded_as(weight, whole))
-
-
 class Llama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -205,6 +191,20 @@ class Llama(nn.Module):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             whole = torch.ones(weight.shape) if "norm" in name else torch.randn(weight.shape, generator=generator) * std
             fill(weight, whole)
+
+
+def sharded_as(weight: Tensor, whole: Tensor) -> Tensor:
+    """A whole matrix that every process has, or this process's part of it if the weight is sharded."""
+    if not isinstance(weight, DTensor):
+        return whole
+    same = DTensor.from_local(whole.to(weight.device), weight.device_mesh, [Replicate()], run_check=False)
+    return same.redistribute(placements=weight.placements)  # each process cuts its part out, without a word
+
+
+@torch.no_grad()
+def fill(weight: Tensor, whole: Tensor) -> None:
+    """Write a whole matrix into a weight, or this process's part of it."""
+    weight.copy_(sharded_as(weight, whole))
 
 
 def empty(config: ModelConfig, device: torch.device) -> Llama:

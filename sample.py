@@ -67,7 +67,7 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Draw a next token for each row of logits (B, V) with its number `uniform` (B,) in [0, 1): (B,).
 
     The tokens' probabilities lie end to end, and the number says where among them to look.  Sums of many may be rounded
-    otherwise one by one, so impossible tokens are left out, lest an end of theirs be met.
+    differently from one place to the next, so impossible tokens are left out, lest rounding give one a share.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -105,7 +105,8 @@ class Dice:
 
 
 class Due:
-    """The last symbols of each prompt, which a token may take in together with what is drawn after them."""
+    """The bytes at the end of each prompt that no token holds yet: the next tokens must spell them, and may go on
+    beyond them."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], symbols: Sequence[bytes]):
         self.tokenizer, self.begin, self.left = tokenizer, [*map(len, prompts)], [*symbols]
@@ -114,7 +115,7 @@ class Due:
         self.begin, self.left = ([each[row] for row in rows.tolist()] for each in (self.begin, self.left))
 
     def rows(self, at: int) -> list[int]:
-        """Where a token that stands at `at` must spell some."""
+        """Those whose token at `at` must spell such bytes."""
         return [row for row, left in enumerate(self.left) if left and self.begin[row] <= at]
 
     def clashes(self, rows: list[int], device: torch.device) -> Tensor:
@@ -178,8 +179,9 @@ def draw(
 def fitted(
     tokenizer: Tokenizer, prompts: Sequence[np.ndarray], due: Sequence[bytes], length: int
 ) -> tuple[list[np.ndarray], list[bytes]]:
-    """Prompts and what is due behind them, nothing where that would leave no way to the end, symbol by symbol: there it
-    is spelled as if the file ended.  Errors: UserError, of a prompt that begins no valid file of `length` tokens."""
+    """Prompts and what is due behind them.  Where spelling that symbol by symbol would leave no room for the end of the
+    file, the prompt takes it in, in tokens as if the file ended there.  Errors: UserError, of a prompt that begins no
+    valid file of `length` tokens."""
     ends = [np.frombuffer(each, tokenizer.dtype) for each in due]  # symbols are tokens too
     prompts, due, whole = [*prompts], [*due], [*map(np.append, prompts, ends)]
     walk = tokenizer.grammar.walk(whole)
@@ -191,7 +193,26 @@ def fitted(
     return prompts, due
 
 
-WORTH = 1 / 8  # of the files that have ended before the others go on without them, for that copies their cache
+def laid_out(prompts: Sequence[np.ndarray], length: int) -> Tensor:
+    """Prompts as rows (B, length), -1 where nothing is given."""
+    rows = torch.full((len(prompts), length), -1, dtype=torch.long)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = torch.from_numpy(prompt[:length].astype(np.int64))
+    return rows
+
+
+def read_given(grammar: Grammar, given: Tensor) -> tuple[object, list[Tensor]]:
+    """The states after given tokens (B, T), and the syntax positions (B, F) after each of them."""
+    states = grammar.begin(len(given))
+    syntax = [grammar.positions(states)]
+    for tokens in given[:, 1:].T:
+        states, _ = grammar.accept(states, tokens, FAR - 1)
+        syntax.append(grammar.positions(states))
+    return states, syntax
+
+
+ASKED = 16  # steps from one question whether files have ended to the next, for which a GPU waits
+WORTH = 1 / 8  # share of the files that must have ended before they are dropped, since that copies the cache
 
 
 @lru_cache(2)
@@ -221,18 +242,11 @@ def generate(
     device, length = model.lm_head.weight.device, min(sampling.length or FAR, model.config.context)
     if not sampling.free:
         prompts, due = fitted(tokenizer, prompts, due, length)
-    given = min(length, *map(len, prompts))
-    written = torch.full((len(prompts), length), -1, dtype=torch.long)
-    for row, prompt in zip(written, prompts, strict=True):
-        row[: len(prompt)] = torch.from_numpy(prompt[:length].astype(np.int64))
-    written, dice, grammar = written.to(device), Dice(seeds, length, device), grammar_on(device, tokenizer)
+    given, written = min(length, *map(len, prompts)), laid_out(prompts, length).to(device)
+    dice, grammar = Dice(seeds, length, device), grammar_on(device, tokenizer)
     cache, left = Cache(model.config, len(prompts), length), Due(tokenizer, prompts, due)
     rows = torch.arange(len(prompts), device=device)  # that are still drawn
-    states = grammar.begin(len(prompts))
-    syntax = [grammar.positions(states)]
-    for at in range(1, given):
-        states, _ = grammar.accept(states, written[:, at], FAR - 1)
-        syntax.append(grammar.positions(states))
+    states, syntax = read_given(grammar, written[:, :given])
     if given > 1:
         model(written[:, : given - 1], torch.stack(syntax[:-1], 1), cache)
 
@@ -254,7 +268,7 @@ def generate(
             cache.length = min(length, at - at % -STRIDE)
             replay.forget()
         carry = (replay or step)(*carry)
-        if at % 16 == 0:  # asking every step would make a GPU wait
+        if at % ASKED == 0:
             tokens, ended, states, _ = carry
             if all_done(ended):
                 break

@@ -208,7 +208,8 @@ def backward(
 @sdpa_kernel(ANY_LENGTH)
 def evaluate(model: Llama, stream: Stream, grammar: Grammar, config: Config, device: torch.device) -> dict[str, float]:
     """Bits a file and bits a symbol over the whole validation set, each document in a row of its own; `legal` bits are
-    those of the tokens that the grammar's mask leaves."""
+    those of the tokens that the grammar's mask leaves.  `bits_per_byte` are bits a symbol, which of pixels and VQ is no
+    byte."""
     model.eval()
     batches, found = validation_batches(stream, config), []
     rounds = -(-len(batches) // world())  # as many for each process, for sharded weights need all of them
@@ -314,12 +315,13 @@ class Run:
 
 
 def set_up(config: Config, device: torch.device) -> Run:
-    """Load, fit, build, and continue where the run's last checkpoint is.  Errors: UserError."""
+    """Load, check, build, and continue where the run's last checkpoint is.  Errors: UserError."""
     out, say = Path(config.out), tqdm.write if rank() == 0 else lambda *_, **__: None
     tokenizer = load_tokenizer(Path(config.data))
     sizes = tokenizer.grammar.sizes if config.syntax else ()
     train, val = (Stream(Path(config.data), split, len(sizes)) for split in ("train", "val"))
-    config = fit(replace(config, vocab=tokenizer.vocab, positions=sizes), train)
+    config = replace(config, vocab=tokenizer.vocab, positions=sizes)
+    refuse_misfit(config, train)
     model = build_model(config, device)
     optimizers = build_optimizers(model, config)
     if rank() == 0:
@@ -340,8 +342,8 @@ def set_up(config: Config, device: torch.device) -> Run:
     return Run(config, device, tokenizer, train, val, model, optimizers, step, Log(out, step), say)
 
 
-def fit(config: Config, stream: Stream) -> Config:
-    """The config with passes that the rows of a process divide into.  Errors: UserError where there are none."""
+def refuse_misfit(config: Config, stream: Stream) -> None:
+    """Errors: UserError, unless the data hold a row, and the batch divides into processes and passes."""
     if (total := stream.bounds[-1]) <= config.context:
         row = f"--context {config.context}"
         raise UserError(f"{config.data} has {total:,} tokens, not one row of {row}: prepare more files, or lower it")
@@ -351,7 +353,6 @@ def fit(config: Config, stream: Stream) -> Config:
         shares = {n: config.batch // n for n in range(1, config.batch + 1) if config.batch % n == 0}
         fits = ", ".join(str(n) for n, share in shares.items() if share % min(config.micro, share) == 0)
         raise UserError(f"--batch {config.batch} does not divide into {passes}: take {fits} processes, or change one")
-    return config
 
 
 def loop(run: Run, stop: Stop, saver: Saver) -> None:

@@ -226,7 +226,7 @@ def cut_damaged_jpeg(data: bytes, shape: tuple[int, int, int], notes: Counter) -
 
 def noise(head: bytes) -> bytes:
     """What continues a cut JPEG over 4,096 blocks or more, above 1% of any that is not too large, with the restart
-    markers that its decoder waits for (ITU T.81, section E.1.4)."""
+    markers that its decoder waits for (ITU T.81, section B.2.1)."""
     found = re.search(rb"\xff\xdd\x00\x04(..)", head, re.DOTALL)
     blocks = int.from_bytes(found[1]) if found else 0
     random = np.random.default_rng(0).integers(0, 255, (blocks or 4096) * 256, np.uint8).tobytes()  # no 255: no marker

@@ -57,7 +57,7 @@ class Item(NamedTuple):
 
 
 class Unusable(Exception):
-    """A file that cannot become a training image; the message is the reason under which it is counted."""
+    """A file that cannot become training data; the message is the reason under which it is counted."""
 
 
 def find_items(folder: Path) -> Iterator[Item]:

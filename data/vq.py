@@ -182,13 +182,8 @@ FILE = "vq.safetensors"  # the network, in the folder where it was learned and w
 @contextmanager
 def alone() -> Iterator[None]:
     """One thread and no gradients: the same sums everywhere, and no threads that a worker process would miss."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with fid.one_thread_each(), torch.inference_mode():
+        yield
 
 
 @dataclass(frozen=True)
@@ -402,13 +397,23 @@ def listing_of(items: list[Item]) -> str:
     return hashlib.sha256("\0".join(item.name for item in items).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class PicturesOf(Codec):
+    """Just the shape of pictures, for whoever reads them."""
+
+    size: int
+    name: ClassVar[str] = "frame"
+
+    shape = property(lambda self: (self.size, self.size, 3))
+
+
 def pictures_of(items: list[Item], config: Learning) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (N, H, W, 3) to learn from and to validate with: those that validate in data.prepare, but that files
     that cannot be used are counted too where there are more than it takes.  Errors: UserError."""
     chosen = np.arange(len(items))
     if len(items) > MOST:
         chosen = np.sort(np.random.default_rng(0).permutation(len(items))[:MOST])
-    frame, found, numbers = Frame(config.size), [], []
+    frame, found, numbers = PicturesOf(config.size), [], []
     for number in tqdm(chosen.tolist(), "read", unit=" files", disable=None):
         for picture in usable([items[number]], frame):
             numbers.append(number if len(items) > MOST else len(found))
@@ -419,16 +424,6 @@ def pictures_of(items: list[Item], config: Learning) -> tuple[np.ndarray, np.nda
         raise UserError(f"{few}: give it more")
     pictures = np.stack(found)
     return pictures[~held], pictures[held]
-
-
-@dataclass(frozen=True)
-class Frame(Codec):
-    """Just the shape of pictures, for whoever reads them."""
-
-    size: int
-    name: ClassVar[str] = "frame"
-
-    shape = property(lambda self: (self.size, self.size, 3))
 
 
 def learn(source: Path, out: Path, config: Learning) -> None:

@@ -1,6 +1,6 @@
 """What a training takes of a machine: operations, memory and days, planned before it begins and measured while it runs.
 
-`config` is train.py's: the shape of the model, and besides it batch, micro, steps, recompute and sync_each_pass.
+`config` is train.py's: the shape of the model, and besides it batch, micro, steps, muon, recompute and sync_each_pass.
 """
 
 import math
@@ -42,7 +42,7 @@ def flops_of(config: ModelConfig, parameters: int) -> int:
     return 6 * parameters + 12 * config.layers * config.dim * config.context
 
 
-def computing(config: ModelConfig) -> int:
+def computing_parameters(config: ModelConfig) -> int:
     """Parameters without embeddings, which are only looked up."""
     return count(config)[0] - config.dim * (config.vocab + sum(config.positions))
 

@@ -75,6 +75,7 @@ def gather(value: object, group: dist.ProcessGroup | None = None) -> list:
 
 
 def add_up(value: Tensor) -> Tensor:
+    """The sum over all processes, written into the tensor itself."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value

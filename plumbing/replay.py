@@ -15,11 +15,11 @@ STRIDE = 256  # places by which what attention looks at grows, for then the step
 
 
 def can_record(model: Llama, grammar: object) -> bool:
-    """Not where weights are gathered for a step, where a grammar's step asks Python, or where heads share keys, for the
-    attention that is fast then takes no mask."""
+    """Whether a step of sampling can be recorded: not where weights are gathered for it, where the grammar asks Python,
+    or where heads share keys, for the attention that is fast then takes no mask."""
     weight, config = model.lm_head.weight, model.config
     alone = weight.is_cuda and not isinstance(weight, DTensor) and config.heads == config.kv_heads
-    return alone and isinstance(grammar, Table) and not grammar.memory.asks
+    return alone and isinstance(grammar, Table) and not grammar.memory.waits
 
 
 class Window(Cache):

@@ -35,7 +35,7 @@ from data.sources import Item, Unusable
 from model import Cache, Llama
 from plumbing.command import UserError
 from plumbing.processes import ANY_LENGTH
-from sample import Dice, Due, Sampling, draw, fitted, grammar_on
+from sample import Dice, Due, Sampling, draw, fitted, grammar_on, read_given
 from show.hexdump import COLOURS
 
 LARGEST_PROMPT = 16 << 20  # bytes of a file that is dropped in
@@ -158,14 +158,10 @@ class Batch:
             draft.trouble, draft.over = str(error), True
             return
         draft.dice, draft.due = Dice(seeds, length, CPU), Due(self.tokenizer, [begun], due)
-        draft.state, syntax = self.grammar.begin(1), []
-        for token in begun[1:].tolist():
-            syntax.append(self.grammar.positions(draft.state))
-            draft.state, _ = self.grammar.accept(draft.state, torch.tensor([token]), length)
-        cache = Cache(self.model.config, 1, length)
-        if syntax:
-            tokens = torch.from_numpy(begun[None, :-1].astype(np.int64)).to(self.device)
-            self.model(tokens, torch.stack(syntax, 1).to(self.device), cache)
+        tokens, cache = torch.from_numpy(begun[None].astype(np.int64)), Cache(self.model.config, 1, length)
+        draft.state, syntax = read_given(self.grammar, tokens)
+        if len(begun) > 1:
+            self.model(tokens[:, :-1].to(self.device), torch.stack(syntax[:-1], 1).to(self.device), cache)
         draft.tokens, draft.costs = begun[1:].tolist(), [math.nan] * (len(begun) - 1)
         self.rows.append(draft)
         self.cache.join(cache)

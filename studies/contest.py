@@ -12,11 +12,11 @@ from PIL import Image
 from codec import load_tokenizer
 from data.prepare import VIEWS, usable
 from data.sources import find_items
-from data.vq import Frame
+from data.vq import PicturesOf
 from plumbing.command import UserError
 from plumbing.draw import save_pixels
 from plumbing.files import digest, read_json, write_json
-from plumbing.plan import computing, flops_of
+from plumbing.plan import computing_parameters, flops_of
 from studies.steps import Step, Work, refuse_another, training, words
 from train import parse as parse_training
 
@@ -64,8 +64,8 @@ class Comparison:
     tokens: int = 2048  # of a step, about
     views: int = 1  # of each picture: 1, 2 with its mirror image, 8 turned as well
     vq_steps: int = 6000  # of learning a codebook
-    vq_batch: int = 16  # pictures of each of them
-    vq_width: int = 64  # channels of its network
+    vq_batch: int = 16  # pictures a step of that
+    vq_width: int = 64  # channels of the codebook's network
     count: int = 800  # pictures of each measurement
     seeds: int = 1  # of sampling, from 0 on
     tail: float = 0.0  # the long tail: pictures of the rarest class, as a share of those of the most frequent one
@@ -165,7 +165,7 @@ class Study:
         """Errors: UserError."""
         if all(map(Path.is_dir, map(self.test, self.kinds))):
             return
-        frame, wanted = Frame(self.config.size), self.config.count
+        frame, wanted = PicturesOf(self.config.size), self.config.count
         items = [item for item in find_items(self.data / "test") if any(True for _ in usable([item], frame))]
         if len(items) < wanted:
             held = f"{self.data}/test has {len(items)} usable pictures of {self.config.size} pixels"
@@ -247,7 +247,7 @@ class Study:
         length = sum(shard["tokens"] for shard in shards) / sum(shard["documents"] for shard in shards)
         cache = 2 * 4 * config.layers * config.kv_heads * (config.dim // config.heads) * context
         at_once = max(1, min(self.config.at_once, CACHE // cache))
-        return Plan(data, context, batch, micro, 1, length, flops_of(config, computing(config)), at_once)
+        return Plan(data, context, batch, micro, 1, length, flops_of(config, computing_parameters(config)), at_once)
 
     def check_documents(self) -> None:
         """Errors: UserError, where a picture is too small for some codecs, which then learn from fewer than others."""

@@ -23,7 +23,10 @@ from train import parse, train
 
 DC = ("zero", "left", "above", "above-right")  # of the block that is due, and of the one that is here
 NAMES = ("block", "coefficient", "node", "row", "column", *(f"{of}-{each}" for of in ("due", "here") for each in DC))
-SIZES = {"dim 96, 2 layers": "--dim 96 --layers 2 --heads 3 --kv-heads 3 --hidden 256", "dim 192, 4 layers": ""}
+SIZES = {
+    "dim 96, 2 layers": "--dim 96 --layers 2 --heads 3 --kv-heads 3 --hidden 256",
+    "dim 192, 4 layers": "--dim 192 --layers 4 --heads 6 --kv-heads 6 --hidden 512",
+}
 
 
 def positions(out: Path, folders: list[Path], steps: int) -> None:

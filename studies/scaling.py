@@ -21,7 +21,7 @@ from codec import load_tokenizer
 from plumbing.command import Flags, UserError, run
 from plumbing.draw import draw_curves, save_image
 from plumbing.files import write_json, write_whole
-from plumbing.plan import computing, flops_of
+from plumbing.plan import computing_parameters, flops_of
 from plumbing.run import claim, read_lines
 from studies.steps import Step, Stopped, Work, refuse_another, refuse_decided, split, table_of, training, words
 from train import Config
@@ -80,7 +80,7 @@ class Scaling:
 
     def flops(self, size: Size, share: float) -> float:
         config = self.config(size)
-        return flops_of(config, computing(config)) * config.batch * config.context * self.steps_of(share)
+        return flops_of(config, computing_parameters(config)) * config.batch * config.context * self.steps_of(share)
 
     def steps_of(self, share: float) -> int:
         return max(1, round(share * self.steps))
@@ -107,7 +107,7 @@ class Scaling:
             row = {
                 "dim": size.dim,
                 "layers": size.layers,
-                "weights": computing(self.config(size)),
+                "weights": computing_parameters(self.config(size)),
                 "lr": self.best(size),
             }
             row["tried"] = {rate: self.bits(size, SHARES[0], rate) for rate in self.rates}

@@ -24,7 +24,7 @@ from model import Llama
 from plumbing.checkpoint import read_run
 from plumbing.command import Flags, UserError, run
 from plumbing.files import read_json
-from plumbing.plan import PEAKS, computing, flops_of
+from plumbing.plan import PEAKS, computing_parameters, flops_of
 from plumbing.processes import best_device
 from studies.steps import table_of
 from train import CONFIGS, Config, validation_batch, validation_batches
@@ -100,7 +100,7 @@ def costs(folder: Path, sizes: list[int], preset: str, most: int) -> str:
     for size in sizes:
         for name, (length, vocab) in lengths(size, folder, most).items():
             config = replace(CONFIGS[preset], vocab=vocab, context=math.ceil(length))
-            flops = flops_of(config, computing(config)) * length
+            flops = flops_of(config, computing_parameters(config)) * length
             cells = [str(size), name, f"{length - 2:,.0f}", f"{flops / 1e9:,.3g}", f"{flops / 3e9:,.3g}"]
             rows.append([*cells, f"{1000 * flops / (0.4 * PEAKS['H100']):,.3g}"])
     return "\n".join(table_of(HEAD, rows))

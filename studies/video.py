@@ -30,7 +30,7 @@ from plumbing.command import Flags, UserError, run
 from plumbing.draw import save_grid
 from plumbing.files import read_json, write_json, write_whole
 from plumbing.processes import at_once, best_device, precision
-from sample import Sampling, generate
+from sample import ASKED, Sampling, generate
 from train import Config, evaluate
 
 TEMPERATURES = [0.7, 1.0, 1.5]
@@ -87,7 +87,7 @@ def write(model: Llama, tokenizer: Tokenizer, prompts: list, seed: int, what: st
     """The symbols of the files that the model writes after prompts of symbols."""
     begun, rows = [tokenizer.prompt(prompt) for prompt in prompts], []
     with tqdm(None, what, unit=" tokens", disable=None) as bar:
-        count = lambda done: (bar.update(16 * int((~done).sum())), done.all())[1]  # noqa: E731, asked after every 16
+        count = lambda done: (bar.update(ASKED * int((~done).sum())), done.all())[1]  # noqa: E731
         for numbers in chunks(range(len(begun)), at_once(model, model.config.context)):
             tokens, due = zip(*(begun[i] for i in numbers), strict=True)
             rows += generate(model, tokenizer, tokens, [(seed, i) for i in numbers], how, count, due)

@@ -92,4 +92,6 @@ def main(satellite: Path, cifar: Path, films: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        raise SystemExit(__doc__)
     main(*map(Path, sys.argv[1:]))
