@@ -148,8 +148,8 @@ def commands(settings: dict, started: list[dict]) -> list[str]:
         for name, value in report["settings"].items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):
-                words.append(f"--{'' if value else 'no-'}{flag}")
-            elif name not in ("files", "listing"):
+                words += ["--no-syntax"] * (not value) if name == "syntax" else [f"--{flag}"] * value
+            elif name not in ("files", "listing") and value is not None:
                 words += [f"--{flag}", str(value)]
         found = [shlex.join(words)]
     processes = started[0].get("processes", 1)

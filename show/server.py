@@ -32,6 +32,7 @@ from torch.nn.attention import sdpa_kernel
 from codec import Codec, Tokenizer
 from data.prepare import read
 from data.sources import Item, Unusable
+from grammar import FAR
 from model import Cache, Llama
 from plumbing.command import UserError
 from plumbing.processes import ANY_LENGTH
@@ -150,7 +151,7 @@ class Batch:
 
     def join(self, draft: Draft) -> None:
         """Read a draft's prompt.  What is wrong with it goes to its visitor."""
-        length, seeds = self.model.config.context, [(draft.seed, 0)]
+        length, seeds = self.length_of(draft), [(draft.seed, 0)]
         try:
             begun, due = self.tokenizer.prompt(draft.prompt)
             (begun,), due = fitted(self.tokenizer, [begun], [due], length)
@@ -166,6 +167,10 @@ class Batch:
         self.rows.append(draft)
         self.cache.join(cache)
 
+    def length_of(self, draft: Draft) -> int:
+        """Tokens that a file may have."""
+        return min(draft.sampling.length or FAR, self.model.config.context)
+
     def step(self) -> None:
         """A token for each."""
         last = [draft.tokens[-1] if draft.tokens else self.tokenizer.start for draft in self.rows]
@@ -175,7 +180,7 @@ class Batch:
         bits = -logits.log_softmax(-1) / math.log(2)
         for i, draft in enumerate(self.rows):
             at = len(draft.tokens) + 1
-            room, unforced = self.model.config.context - 1 - at, torch.tensor([-1])
+            room, unforced = self.length_of(draft) - 1 - at, torch.tensor([-1])
             token, draft.state = draw(
                 self.grammar, draft.state, logits[i : i + 1], unforced, at, room, draft.dice, draft.sampling, draft.due
             )
