@@ -387,7 +387,6 @@ class Pixels(Counted):
 
 # --- byte pairs -----------------------------------------------------------------------------------------------------
 
-
 LARGEST_VOCAB = 0xD800  # above are the characters that a string cannot hold
 
 

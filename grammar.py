@@ -79,11 +79,6 @@ def refuse_bad_prompts(walk: Walk, prompts: list[np.ndarray], length: int) -> No
 # --- tables: finitely many states, and a count ----------------------------------------------------------------------
 
 
-def bits_of(states: int) -> int:
-    """Bits that hold the number of a local state in an entry of a Table; the rule stands above them."""
-    return (states - 1).bit_length()
-
-
 @dataclass
 class State:
     """Of a Table: the state of the reader, which is one of finitely many, how many units are over, and what the memory
@@ -260,6 +255,11 @@ class Table:
         return replace(self, layers=tuple(layers), cost=cost, advance=advance, memory=self.memory.with_pairs(merges))
 
 
+def bits_of(states: int) -> int:
+    """Bits that hold the number of a local state in an entry of a Table; the rule stands above them."""
+    return (states - 1).bit_length()
+
+
 @dataclass(frozen=True, eq=False)
 class OnCPU:
     """A Table for tensors on the CPU: arrays as small as those of a batch of files are faster there in numpy."""
@@ -364,7 +364,7 @@ class Row:
     """A file that is being read."""
 
     reader: Any
-    generator: Any  # its generator, which waits for a byte
+    generator: Any  # of its `stream`, which waits for a byte
     ask: tuple | None  # (node, where it stands in the syntax ..., zero bytes before) of that byte; None after the last
     begun: bytearray  # what of the present unit was read
     ended: bool = False  # by an end token
@@ -436,9 +436,8 @@ class Readers:
         self.first = np.array([expansion[0] for expansion in self.expansions])
         self.lengths = np.array([*map(len, self.expansions), 0, 0])
         self.longest = int(self.lengths.max())
-        self.far = (
-            LONGEST_WAY + self.longest
-        )  # tokens that the end is farther from within a unit than from its place, at most
+        # tokens by which the end is farther from within a unit than from its place, at most
+        self.far = LONGEST_WAY + self.longest
         self.numbers: dict[tuple[int, int], int] = {}  # of rows of `legal`, by (id of the node, zeros)
         self.legal: list[np.ndarray] = [np.zeros(256, bool)]  # (256,) the bytes that may be next: none after the last
         self.tails: dict[object, Spelling] = {None: Spelling(b"", [1])}  # from a place, the end is a token

@@ -115,7 +115,7 @@ class Due:
         self.begin, self.left = ([each[row] for row in rows.tolist()] for each in (self.begin, self.left))
 
     def rows(self, at: int) -> list[int]:
-        """Those whose token at `at` must spell such bytes."""
+        """The rows whose token at `at` must spell such bytes."""
         return [row for row, left in enumerate(self.left) if left and self.begin[row] <= at]
 
     def clashes(self, rows: list[int], device: torch.device) -> Tensor:
@@ -212,7 +212,7 @@ def read_given(grammar: Grammar, given: Tensor) -> tuple[object, list[Tensor]]:
 
 
 ASKED = 16  # steps from one question whether files have ended to the next, for which a GPU waits
-WORTH = 1 / 8  # share of the files that must have ended before they are dropped, since that copies the cache
+WORTH = 1 / 8  # share of the files in the batch that must have ended before they are dropped, which copies the cache
 
 
 @lru_cache(2)

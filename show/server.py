@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import select
+import signal
 import socket
 import sys
 import tempfile
@@ -367,6 +368,8 @@ def serve(port: int, model: Llama, tokenizer: Tokenizer, sampling: Sampling, mos
         server = Server(port, batch, sampling)
     except (OSError, OverflowError) as error:
         raise UserError(f"--serve {port}: {error}: choose another port, or 0 for any") from None
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell has its background ignore the first
+        signal.signal(number, signal.default_int_handler)
     threading.Thread(target=batch.run, daemon=True).start()
     print(f"http://localhost:{server.server_address[1]} shows pictures as they are written; Ctrl-C ends", flush=True)
     with server, contextlib.suppress(KeyboardInterrupt):

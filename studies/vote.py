@@ -12,7 +12,7 @@ import base64
 import hashlib
 import io
 import json
-from dataclasses import fields
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from plumbing.command import Flags, UserError
-from plumbing.files import read_json, write_whole
+from plumbing.files import write_whole
 from studies.contest import CONTENDERS, REFERENCE, SETTINGS, Comparison, Study, numbered, opened
+from studies.steps import table_of
 
 LARGEST_RESULT = 1 << 20  # bytes
 PREFERRED = ("jpeg", "vq8", "vq4")  # to be compared, the first that are there
@@ -33,10 +34,7 @@ def completed(out: Path) -> dict[str, Path]:
         inside = [path.parent.name for path in sorted(out.glob("*/settings.json"))]
         hint = f"name one of its folders ({', '.join(inside)})" if inside else "run `python -m studies.compare` first"
         raise UserError(f"{out} holds no comparison: {hint}")
-    held = read_json(out / "settings.json")
-    config = Comparison(**{each.name: held[each.name] for each in fields(Comparison) if each.name in held})
-    study = Study(out, Path(held["data"]), config, [*CONTENDERS], [], out)
-    found = {}
+    study, found = Study(out, out, Comparison(), [*CONTENDERS], [], out), {}  # for the names of its folders alone
     for name in (*PREFERRED, *(name for name in CONTENDERS if name not in PREFERRED)):
         for setting in ("pictures", "flops"):
             if (folder := study.samples_of(name, setting) / "whole-0").is_dir():
@@ -50,7 +48,8 @@ def chosen(out: Path, models: list[str] | None, keep: float) -> dict[str, Path]:
     there = {name: folder / f"keep_{keep:g}" for name, folder in found.items() if (folder / f"keep_{keep:g}").is_dir()}
     if len(there) < 2:
         kept = sorted({path.name.removeprefix("keep_") for each in found.values() for path in each.glob("keep_*")})
-        raise UserError(f"{out} has {len(there)} models that completed --keep {keep:g}: choose of {', '.join(kept)}")
+        advice = f"choose of {', '.join(kept) or 'none yet'}, or go on with the comparison"
+        raise UserError(f"{out} has {len(there)} models that completed --keep {keep:g}, and 2 are needed: {advice}")
     models = models or [*there][:2]
     if len({*models} & {*there}) < 2:
         raise UserError(f"--models {' '.join(models)}: choose two of {', '.join(there)}")
@@ -62,6 +61,10 @@ def title_of(model: str) -> str:
     return CONTENDERS[name].title + (f", {SETTINGS[setting]} as JPEG" if name != REFERENCE else "")
 
 
+def by_number(folder: Path) -> dict[int, Path]:
+    return {int(path.stem): path for path in numbered(folder)} if folder.is_dir() else {}
+
+
 def data_uri(pixels: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -71,18 +74,18 @@ def data_uri(pixels: np.ndarray) -> str:
 def page(out: Path, models: list[str] | None, keep: float, pairs: int, seed: int) -> bytes:
     """The page, the same for the same completions and seed.  Errors: UserError."""
     folders = chosen(out, models, keep)
-    originals, rng = numbered(out / "test" / "whole"), np.random.default_rng(seed)
-    count = min(len(originals), *(len(numbered(folder)) for folder in folders.values()))
-    if (pairs := min(pairs, count)) < 2:
-        raise UserError(f"--pairs {pairs} of {count} completions: choose 2 or more")
-    size, shown = Image.open(originals[0]).size[0], []
-    for number in rng.permutation([i * count // pairs for i in range(pairs)]).tolist():
+    files = {name: by_number(folder) for name, folder in folders.items()}
+    originals, rng, shown = by_number(out / "test" / "whole"), np.random.default_rng(seed), []
+    there = sorted(originals.keys() & set.intersection(*map(set, files.values())))  # a study may be half done
+    if (pairs := min(pairs, len(there))) < 2:
+        raise UserError(f"--pairs {pairs} of {len(there)} completions: choose 2 or more, or complete more")
+    with Image.open(originals[there[0]]) as first:
+        size = first.width
+    for number in rng.permutation([there[i * len(there) // pairs] for i in range(pairs)]).tolist():
         sides = [*folders] if rng.random() < 0.5 else [*folders][::-1]
-        files = [numbered(folders[name])[number] for name in sides]
-        given = opened(originals[number], size).copy()
-        given[round(keep * size) :] = 128
-        pair = {"given": data_uri(given), "left": data_uri(opened(files[0], size))}
-        shown.append(pair | {"right": data_uri(opened(files[1], size)), "picture": number, "sides": sides})
+        left, right = (data_uri(opened(files[name][number], size)) for name in sides)
+        given = data_uri(opened(originals[number], size)[: round(keep * size)])
+        shown.append({"picture": number, "sides": sides, "given": given, "left": left, "right": right})
     hidden = {"models": [*folders], "titles": [*map(title_of, folders)], "keep": keep, "pairs": shown}
     text = base64.b64encode(json.dumps(hidden).encode())
     template = Path(__file__).with_name("vote.html").read_bytes()
@@ -93,30 +96,30 @@ def page(out: Path, models: list[str] | None, keep: float, pairs: int, seed: int
 # --- what was voted -------------------------------------------------------------------------------------------------
 
 
-def counted(paths: list[Path]) -> dict[str, object]:
-    """The votes of several people for the same page, added up.  Errors: UserError."""
-    results = []
+def counted(out: Path, paths: list[Path]) -> dict[str, object]:
+    """The votes of several people for the page of OUT, added up.  Errors: UserError."""
+    made = re.search(rb'page = "(\w+)"', (out / "vote.html").read_bytes()) if (out / "vote.html").exists() else None
+    source, models, choices = {made[1].decode(): out / "vote.html"} if made else {}, {}, []
     for path in paths:
-        if path.exists() and path.stat().st_size > LARGEST_RESULT:
-            raise UserError(f"{path} has more than {LARGEST_RESULT >> 20} MiB: leave it out")
-        result = read_json(path)
         try:
-            page, models, titles = str(result["page"]), [*map(str, result["models"])], [*map(str, result["titles"])]
+            if path.stat().st_size > LARGEST_RESULT:
+                raise ValueError(f"it has more than {LARGEST_RESULT >> 20} MiB")
+            result = json.loads(path.read_bytes())
             votes = [(vote["left"], vote["right"], vote["choice"]) for vote in result["votes"]]
-            right = all({*vote[:2]} == {*models} and vote[2] in ("left", "right", "tie") for vote in votes)
-            if not (right and len(models) == len(titles) == 2 and votes):
+            named = {title_of(name): name for name in result["models"]}
+            if len(named) != 2 or not votes or any({*vote[:2]} != {*named.values()} for vote in votes):
                 raise ValueError("its votes are none of two models")
-        except (LookupError, TypeError, ValueError) as error:
+            voted = [{"left": left, "right": right, "tie": "tie"}[choice] for left, right, choice in votes]
+            page = str(result["page"])
+        except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is no result of a vote ({error}): leave it out") from None
-        if results and page != results[0][0]:
-            raise UserError(f"{path} is of another page than {paths[0]}: count each page by itself")
-        results.append((page, models, titles, votes))
-    page, models, titles, _ = results[0]
-    choices = [
-        {"left": left, "right": right}.get(choice, "tie") for *_, votes in results for left, right, choice in votes
-    ]
-    first, second, ties = (choices.count(each) for each in (*models, "tie"))
-    total = {"page": page, "people": len(paths), "models": models, "titles": titles, "counts": [first, second, ties]}
+        source, models = source or {page: path}, models or named
+        if page not in source or named != models:
+            (other,) = source.values()
+            raise UserError(f"{path} is of another page than {other}: write that page again, or leave this out")
+        choices += voted
+    first, second, ties = (choices.count(each) for each in (*models.values(), "tie"))
+    total = {"people": len(paths), "titles": [*models], "counts": [first, second, ties]}
     if first + second:
         test = binomtest(first, first + second)
         interval = test.proportion_ci(method="wilson")
@@ -125,13 +128,20 @@ def counted(paths: list[Path]) -> dict[str, object]:
 
 
 def in_words(total: dict) -> str:
-    (first, second, ties), (one, other) = total["counts"], total["titles"]
-    lines = [f"{one}: {first}", f"{other}: {second}", f"cannot tell: {ties}"]
-    if "share" in total:
-        low, high = total["interval"]
-        lines.append(f"{one} was preferred in {total['share']:.0%} of {first + second} pairs that were decided")
-        lines[-1] += f" (95%: {low:.0%} to {high:.0%}; p {total['p']:.2g}; {total['people']} people)"
-    return "\n".join(lines)
+    """A line for each model and for the ties, and the verdict, as on the page."""
+    counts, titles, people = total["counts"], total["titles"], total["people"]
+    people = f"{people} people" if people > 1 else "one person"
+    if "share" not in total:
+        return "\n".join(table_of(["", "votes"], [["cannot tell", str(counts[2])]]) + ["nobody could ever tell"])
+    (low, high), decided = total["interval"], counts[0] + counts[1]
+    shares = [(total["share"], low, high), (1 - total["share"], 1 - high, 1 - low)]
+    said = [f"{share:.0%} ({100 * low:.0f} to {high:.0%})" for share, low, high in shares]
+    rows = [[title, str(count), text] for title, count, text in zip(titles, counts, said, strict=False)]
+    share, low, high = max(shares)
+    told = f"preferred {titles[shares.index(max(shares))]} in {share:.0%} of {decided} decided pairs"
+    told = f"{people} {told} (95%: {100 * low:.0f} to {high:.0%}, p {total['p']:.2g})"
+    told += "" if total["p"] < 0.05 else ": no difference can be said"
+    return "\n".join(table_of(["", "votes", "of decided (95%)"], [*rows, ["cannot tell", str(counts[2]), ""]]) + [told])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -148,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.seed < 0:
         raise UserError(f"--seed is {flags.seed}: choose 0 or more")
     if flags.count:
-        print(in_words(counted(flags.count)))
+        print(in_words(counted(flags.out, flags.count)))
         return
     write_whole(flags.out / "vote.html", page(flags.out, flags.models, flags.keep, flags.pairs, flags.seed))
     print(f"{flags.out / 'vote.html'}: open it in a browser, or send it to people")

@@ -6,6 +6,7 @@ import io
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -98,9 +99,12 @@ def test_the_commands_of_a_block_run(number, clone):
 def serve_until_it_listens(command: list[str], folder: Path) -> None:
     command[command.index("--serve") + 1] = "0"  # the one of the README may be taken
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
-        said = server.stdout.readline()
-        server.send_signal(2)
-        assert said.startswith("http://localhost:") and server.wait(30) == 0
+        try:
+            assert server.stdout.readline().startswith("http://localhost:")
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) == 0
+        finally:
+            server.kill()
 
 
 def test_all_that_is_not_marked_as_tested_needs_what_is_not_here():

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 
 from plumbing.command import UserError
 from plumbing.draw import save_pixels
-from studies import compare
+from studies import compare, vote
 from studies.contest import Comparison, opened
 
 PAIRS, SIZE = 14, 32
@@ -33,7 +33,11 @@ def out(tmp_path) -> Path:
     for name, (count, size) in folders.items():
         (folder / name).mkdir(parents=True)
         for number in range(count):
-            save_pixels(folder / name / f"{number:05d}", rng.integers(0, 256, (size, size, 3), np.uint8))
+            pixels = rng.integers(0, 256, (size, size, 3), np.uint8)
+            if "jpeg" in name:
+                Image.fromarray(pixels).save(folder / name / f"{number:05d}.jpg")
+            else:
+                save_pixels(folder / name / f"{number:05d}", pixels)
     (folder / "settings.json").write_text(json.dumps(settings))
     return folder
 
@@ -44,6 +48,10 @@ def written(out: Path, *flags: str) -> tuple[bytes, dict]:
     data = (out / "vote.html").read_bytes()
     (hidden,) = re.findall(rb'atob\("([^"]+)"\)', data)
     return data, json.loads(base64.b64decode(hidden))
+
+
+def completion(out: Path, model: str, number: int) -> Path:
+    return next((out / "samples" / model / "whole-0" / "keep_0.5").glob(f"{number:05d}.*"))
 
 
 def pixels_of(uri: str) -> np.ndarray:
@@ -58,10 +66,21 @@ def test_each_pair_shows_what_two_models_made_of_one_picture(out):
     for pair in hidden["pairs"]:
         assert {*pair["sides"]} == {"jpeg-flops", "pixels16-pictures"}
         for side, name in zip(("left", "right"), pair["sides"], strict=True):
-            file = out / "samples" / name / "whole-0" / "keep_0.5" / f"{pair['picture']:05d}.png"
+            file = completion(out, name, pair["picture"])
             assert (pixels_of(pair[side]) == opened(file, SIZE)).all()  # of one size, whatever the model's
-        given, whole = pixels_of(pair["given"]), opened(out / "test/whole" / f"{pair['picture']:05d}.png", SIZE)
-        assert (given[: SIZE // 2] == whole[: SIZE // 2]).all() and (given[SIZE // 2 :] == 128).all()
+        whole = opened(out / "test/whole" / f"{pair['picture']:05d}.png", SIZE)
+        assert np.array_equal(pixels_of(pair["given"]), whole[: SIZE // 2])
+
+
+def test_a_study_that_is_half_done_is_compared_as_far_as_both_models_got(out):
+    for name, missing in (("jpeg-flops", (0, 3)), ("vq8-flops", (5, 13))):
+        for number in missing:
+            completion(out, name, number).unlink()
+    _, hidden = written(out)
+    assert sorted(pair["picture"] for pair in hidden["pairs"]) == sorted({*range(PAIRS)} - {0, 3, 5, 13})
+    for pair in hidden["pairs"]:
+        file = completion(out, pair["sides"][0], pair["picture"])
+        assert (pixels_of(pair["left"]) == opened(file, SIZE)).all()
 
 
 def test_sides_and_order_are_shuffled_by_the_seed_alone(out):
@@ -85,10 +104,10 @@ def test_nothing_in_the_text_of_the_page_says_which_is_which(out):
     [
         ([" --models jpeg-flops vq4-flops"], "choose two of jpeg-flops, vq8-flops, pixels16-pictures"),
         ([" --models jpeg-flops jpeg-flops"], "choose two of"),
-        ([" --keep 0.25"], "0 models that completed --keep 0.25: choose of 0.5"),
+        ([" --keep 0.25"], "0 models that completed --keep 0.25, and 2 are needed: choose of 0.5, or"),
         ([" --pairs 1"], "--pairs 1 of 14 completions: choose 2 or more"),
         ([" --seed -1"], "--seed is -1"),
-        ([" --count nothing.json"], "nothing.json cannot be read"),
+        ([" --count nothing.json"], "nothing.json is no result of a vote .* leave it out"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(out, flags, why):
@@ -138,22 +157,105 @@ def test_votes_by_key_are_counted_as_they_were_cast(out, tmp_path, browser, caps
     interval = test.proportion_ci(method="wilson")
     np.testing.assert_allclose(found["interval"], [interval.low, interval.high], atol=1e-9)
     assert found["p"] == pytest.approx(test.pvalue, rel=1e-9)
-    assert hidden["titles"][1] in body().text and "preferred JPEG" in body().text
+    first, second, _ = found["counts"]
+    assert all(title in body().text for title in hidden["titles"])
+    preferred = f"preferred {hidden['titles'][first < second]} in {round(100 * max(first, second) / (first + second))}%"
+    assert f"You {preferred} of {first + second} decided pairs" in body().text
+    body().send_keys(Keys.BACKSPACE, Keys.ARROW_LEFT)  # what was counted is changed by its button alone
+    assert json.loads(browser.find_element(By.ID, "json").text) == found
     assert not browser.get_log("browser")
 
     (tmp_path / "a.json").write_text(json.dumps(found))
-    (tmp_path / "b.json").write_text(json.dumps(found))
     capsys.readouterr()
-    compare.main(["vote", str(out), "--count", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    compare.main(["vote", str(out), "--count", str(tmp_path / "a.json")])
     said = capsys.readouterr().out
-    assert f"JPEG: {2 * found['counts'][0]}\n" in said and "2 people" in said
-    for spoilt, why in (({"page": "other"}, "another page"), ({"votes": [{"left": "x"}]}, "no result of a vote")):
-        (tmp_path / "b.json").write_text(json.dumps(found | spoilt))
-        with pytest.raises(UserError, match=why):
-            compare.main(["vote", str(out), "--count", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
-    (tmp_path / "b.json").write_bytes(b" " * (2 << 20))
-    with pytest.raises(UserError, match="more than 1 MiB"):
-        compare.main(["vote", str(out), "--count", str(tmp_path / "b.json")])
+    assert f"| JPEG | {first} |" in said and f"one person {preferred} of {first + second} decided pairs" in said
+    total = vote.counted(out, [tmp_path / "a.json"])
+    assert all(total[key] == found[key] for key in ("titles", "counts", "share"))
+    assert [*total["interval"], total["p"]] == pytest.approx([*found["interval"], found["p"]], abs=1e-9)
+
+
+def saved(out: Path, path: Path, *wins: str, **more: object) -> str:
+    """A file as the page saves it, of one who chose those models."""
+    data, hidden = written(out)
+    (page,) = re.findall(rb'page = "(\w+)"', data)
+    votes = [
+        {
+            "picture": pair["picture"],
+            "left": left,
+            "right": right,
+            "choice": {left: "left", right: "right"}.get(win, "tie"),
+        }
+        for win, pair in zip(wins, hidden["pairs"], strict=False)
+        for left, right in [pair["sides"]]
+    ]
+    path.write_text(json.dumps({"page": page.decode(), "models": hidden["models"], "votes": votes} | more))
+    return str(path)
+
+
+def test_votes_of_several_people_are_added_up(out, tmp_path, capsys):
+    one = saved(out, tmp_path / "one.json", *["vq8-flops"] * 9, "tie")
+    two = saved(out, tmp_path / "two.json", *["vq8-flops"] * 4, "jpeg-flops", "tie", "tie")
+    capsys.readouterr()
+    compare.main(["vote", str(out), "--count", one, two])
+    said = capsys.readouterr().out
+    test = binomtest(13, 14)
+    low, high = test.proportion_ci(method="wilson")
+    verdict = f"in 93% of 14 decided pairs (95%: {100 * low:.0f} to {high:.0%}, p {test.pvalue:.2g})\n"
+    assert said.endswith(f"2 people preferred VQ, 8x8 pixels a code, as many FLOPs as JPEG {verdict}")
+    assert "| JPEG | 1 | 7%" in said and "| cannot tell | 3 |" in said
+    compare.main(["vote", str(out), "--count", saved(out, tmp_path / "one.json", *["vq8-flops"] * 5, "jpeg-flops")])
+    assert capsys.readouterr().out.endswith(": no difference can be said\n")
+    compare.main(["vote", str(out), "--count", saved(out, tmp_path / "one.json", "tie")])
+    assert "nobody could ever tell" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [b"", b"[]", b"[" * 100_000, b" " * (2 << 20), {"votes": []}, {"votes": 3}, {"votes": [{"left": "jpeg-flops"}]}]
+    + [{"votes": [{"left": "jpeg-flops", "right": "vq8-flops", "choice": choice}]} for choice in ("both", [], None)]
+    + [{"votes": [{"left": "jpeg-flops", "right": "jpeg-flops", "choice": "left"}]}]
+    + [{"models": each} for each in ([], "ab", ["jpeg-flops"] * 2, ["jpeg-flops", "gif-flops"], [1, 2], 7)],
+)
+def test_a_file_that_is_no_result_is_refused_by_name(spoilt, out, tmp_path):
+    path = tmp_path / "spoilt.json"
+    saved(out, path, "tie", **(spoilt if isinstance(spoilt, dict) else {}))
+    if isinstance(spoilt, bytes):
+        path.write_bytes(spoilt)
+    with pytest.raises(UserError, match="spoilt.json is no result of a vote"):
+        compare.main(["vote", str(out), "--count", str(path)])
+
+
+def test_results_of_different_pages_are_not_added_up(out, tmp_path):
+    one, other = saved(out, tmp_path / "one.json", "tie"), saved(out, tmp_path / "other.json", "tie", page="0" * 16)
+    with pytest.raises(UserError, match=r"other.json is of another page than .*vote.html"):
+        compare.main(["vote", str(out), "--count", one, other])
+    (out / "vote.html").unlink()
+    with pytest.raises(UserError, match=r"other.json is of another page than .*one.json"):
+        compare.main(["vote", str(out), "--count", one, other])
+
+
+def test_intervals_and_p_of_the_page_are_those_of_scipy(out, browser):
+    written(out)
+    browser.get((out / "vote.html").as_uri())
+    cases = [(k, n) for n in (1, 2, 3, 10, 50, 333, 2000) for k in range(0, n + 1, 1 + n // 40)]
+    found = browser.execute_script("return arguments[0].map(([k, n]) => [...wilson(k, n), binomial(k, n)])", cases)
+    tests = [binomtest(*case) for case in cases]
+    wanted = [[*test.proportion_ci(method="wilson"), test.pvalue] for test in tests]
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_where_nothing_can_be_kept_votes_are_taken_all_the_same(out, browser):
+    """A page without an origin is denied its storage, as some browsers deny files."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    data, _ = written(out, "--pairs", "2")
+    browser.get(f"data:text/html;base64,{base64.b64encode(data).decode()}")
+    denied = "try { localStorage; return false } catch { return true }"
+    assert browser.execute_script(denied)
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.ARROW_LEFT)
+    assert "2 of 2" in browser.find_element(By.TAG_NAME, "body").text
 
 
 def test_one_who_can_never_tell_gives_no_share(out, browser):
