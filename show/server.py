@@ -39,6 +39,7 @@ from plumbing.command import UserError
 from plumbing.processes import ANY_LENGTH
 from sample import Dice, Due, Sampling, draw, fitted, grammar_on, read_given
 from show.hexdump import COLOURS
+from show.surprise import part_side
 
 LARGEST_PROMPT = 16 << 20  # bytes of a file that is dropped in
 MOST_WAITING = 256  # visitors
@@ -227,6 +228,7 @@ def about(codec: Codec, sampling: Sampling) -> dict[str, Any]:
     """What the page has to know."""
     kinds = [[name, "#" + bytes(COLOURS[name]).hex()] for name in codec.kinds]
     facts = {name: getattr(codec, name) for name in ("name", "suffix", "shape", "parts", "units")}
+    facts |= {"side": part_side(codec.shape[-3], codec.units[-2])}
     facts |= {"digits": 2 if codec.symbols <= 256 else 4, "kinds": kinds, "grows": bool(codec.begun(np.empty(0, int)))}
     return facts | {"temperature": sampling.temperature, "top_p": sampling.top_p, "largest": LARGEST_PROMPT}
 

@@ -170,11 +170,16 @@ def enlarged(pixels: np.ndarray, side: int) -> Image.Image:
     return Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
 
 
+def part_side(height: int, rows: int) -> int:
+    """Pixels that each of so many rows of parts is high: a power of two, of which the last row may show less."""
+    return 1 << (-(-height // rows) - 1).bit_length()
+
+
 def heated(pixels: np.ndarray, units: np.ndarray, most: float, side: int) -> Image.Image:
     """A picture in grey under the heat of its parts (rows, columns), with their numbers where there is room."""
     image = enlarged(pixels, side)
     rows, columns = units.shape
-    step = -(-pixels.shape[0] // rows) * image.height // pixels.shape[0]  # pixels of a part, also of one that is cut
+    step = part_side(len(pixels), rows) * image.height // len(pixels)
     colours = heat(units, most).repeat(step, 0).repeat(step, 1)[: image.height, : image.width]
     grey = np.asarray(image.convert("L").convert("RGB"), float)
     image = Image.fromarray((grey * 0.35 + colours * 0.65).astype(np.uint8))

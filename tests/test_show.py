@@ -29,7 +29,7 @@ from plumbing.checkpoint import read_run
 from plumbing.command import UserError
 from sample import Sampling
 from show.server import Batch, Draft, Server, serve
-from show.surprise import bits_of, coded, costs, recompressed, save_bits
+from show.surprise import bits_of, coded, costs, heated, part_side, recompressed, save_bits
 from tests.conftest import RUN, config
 from train import Config, evaluate, parse, train
 
@@ -166,6 +166,18 @@ def test_a_sheet_is_drawn_of_each_file(finished, photos, clips, tmp_path, capsys
         sample.main([str(finished), "--surprise", str(tmp_path / "nothing.png")])
     with pytest.raises(UserError, match="not allowed with"):
         sample.main([str(finished), "--surprise", "a.png", "--bits", "b"])
+
+
+@pytest.mark.parametrize("codec", [JPEG(size=50), JPEG(size=36, subsampling="4:4:4"), Pixels(size=20), H264(height=50)])
+def test_parts_are_as_large_as_they_are(codec):
+    side = part_side(codec.shape[-3], codec.units[-2])
+    assert (
+        side == {"jpeg": 16 if getattr(codec, "subsampling", "") == "4:2:0" else 8, "h264": 16, "pixels": 1}[codec.name]
+    )
+    assert (codec.units[-2] - 1) * side < codec.shape[-3] <= codec.units[-2] * side
+    grey = heated(np.full((50, 50, 3), 128, np.uint8), np.eye(4), 1.0, 50)
+    shown = np.asarray(grey).astype(int)
+    assert (shown[15, 15] != shown[15, 16]).any() and (shown[0, 16] == shown[0, 49]).all()
 
 
 def test_bits_json_holds_what_each_file_costs(finished, photos, tmp_path, capsys):
