@@ -274,7 +274,7 @@ class Visit(BaseHTTPRequestHandler):
         if not self.welcome() or url.path != "/write":
             return self.refuse(404 if self.welcome() else 403, "nothing is here for you")
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > LARGEST_PROMPT:
+        if not length.isdecimal() or len(length) > 9 or int(length) > LARGEST_PROMPT:
             return self.refuse(413, f"a file of up to {LARGEST_PROMPT >> 20} MiB is taken, with its length")
         body = self.rfile.read(int(length))
         try:

@@ -171,6 +171,8 @@ if not step:
         optimizer.step()
 with Saver(Path(config.out)) as saver:
     saver.save(model, optimizers, step + 1, config, tokens)
+if train.dist.is_initialized():  # else a thread of gloo's may still run when the process ends, and abort it
+    train.dist.destroy_process_group()
 """
 
 

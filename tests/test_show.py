@@ -297,6 +297,7 @@ def test_one_who_leaves_is_written_no_further(finished):
         (403, "nothing", {"Host": "example.com", "path": "/", "method": "GET"}),
         (403, "nothing", {"Origin": "http://example.com"}),
         (413, "16 MiB", {"Content_Length": str((16 << 20) + 1)}),
+        (413, "16 MiB", {"Content_Length": "9" * 5000}),
         (413, "16 MiB", {"Transfer_Encoding": "chunked"}),
         (400, "cannot be used", {"body": b"no picture"}),
         (400, "temperature", {"path": "/write?temperature=-1"}),
