@@ -112,7 +112,7 @@ class Batch:
         self.grammar, self.device = grammar_on(CPU, tokenizer), model.lm_head.weight.device
         self.waiting: list[Draft] = []
         self.rows: list[Draft] = []
-        self.cache, self.changed = Ragged(model), threading.Condition()
+        self.cache, self.changed, self.closed = Ragged(model), threading.Condition(), False
 
     def add(self, draft: Draft) -> None:
         """Errors: UserError, where too many wait already."""
@@ -122,11 +122,16 @@ class Batch:
             self.waiting.append(draft)
             self.changed.notify()
 
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+
     def run(self) -> None:
-        """For ever, in a thread of its own.  An error of the machine, say of its memory, ends the files at work."""
-        while True:
+        """Until `close`, in a thread of its own.  An error of the machine, as of its memory, ends the files at work."""
+        while not self.closed:
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.rows)
+                self.changed.wait_for(lambda: self.waiting or self.rows or self.closed)
                 self.waiting = [draft for draft in self.waiting if not draft.left]
                 room = self.most - len(self.rows)
                 new, self.waiting = self.waiting[:room], self.waiting[room:]
@@ -372,7 +377,10 @@ def serve(port: int, model: Llama, tokenizer: Tokenizer, sampling: Sampling, mos
         raise UserError(f"--serve {port}: {error}: choose another port, or 0 for any") from None
     for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell has its background ignore the first
         signal.signal(number, signal.default_int_handler)
-    threading.Thread(target=batch.run, daemon=True).start()
-    print(f"http://localhost:{server.server_address[1]} shows pictures as they are written; Ctrl-C ends", flush=True)
+    writing = threading.Thread(target=batch.run, daemon=True)
+    writing.start()
     with server, contextlib.suppress(KeyboardInterrupt):
+        print(f"http://localhost:{server.server_address[1]} shows files as they are written; Ctrl-C ends", flush=True)
         server.serve_forever(poll_interval=0.2)
+    batch.close()
+    writing.join()  # a thread of torch's that outlives the process would abort it

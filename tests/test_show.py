@@ -4,7 +4,10 @@ import http.client
 import json
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -30,7 +33,7 @@ from plumbing.command import UserError
 from sample import Sampling
 from show.server import Batch, Draft, Server, serve
 from show.surprise import bits_of, coded, costs, heated, part_side, recompressed, save_bits
-from tests.conftest import RUN, config
+from tests.conftest import ROOT, RUN, config
 from train import Config, evaluate, parse, train
 
 CPU = torch.device("cpu")
@@ -217,6 +220,7 @@ def served(run: Path, most: int = 4):
             yield server, server.server_address[1]
         finally:
             server.shutdown()
+            batch.close()
 
 
 def ask(port: int, path: str = "/write", body: bytes = b"", method: str = "POST", **headers: str) -> tuple[int, bytes]:
@@ -338,6 +342,22 @@ def test_a_port_that_is_taken_is_named(finished):
             serve(port, model, tokenizer, Sampling(), 1)
     with pytest.raises(UserError, match="choose another port"):
         serve(99_999, model, tokenizer, Sampling(), 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_it_in_order_while_it_writes(finished, number):
+    flags = [sys.executable, "sample.py", str(finished), "--serve", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(flags, cwd=ROOT, **pipes) as server:
+        try:
+            port = int(re.search(r"localhost:(\d+)", server.stdout.readline())[1])
+            with socket.create_connection(("localhost", port)) as visitor:
+                visitor.sendall(f"POST /write HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Length: 0\r\n\r\n".encode())
+                assert visitor.recv(100).startswith(b"HTTP/1.1 200")
+                server.send_signal(number)
+                assert server.wait(30) == 0 and not server.stderr.read()
+        finally:
+            server.kill()
 
 
 @pytest.fixture(scope="module")
