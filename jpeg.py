@@ -135,6 +135,11 @@ class Bits:
         self.at = len(self.bits)
 
 
+def extend(bits: str) -> int:
+    """The number that the bits of a value stand for (F.2.2.1)."""
+    return int(bits or "0", 2) - (bits.startswith("0") and (1 << len(bits)) - 1)
+
+
 def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int], largest: list[int]) -> int:
     """Read a block (F.2.2) and return its DC difference.  AC is checked only: at most 64 coefficients in all, none of
     more bits than `largest` has for its zigzag index.  Errors: Damage."""
@@ -142,8 +147,7 @@ def read_block(bits: Bits, dc: dict[str, int], ac: dict[str, int], largest: list
     def value(index: int, size: int) -> int:
         if size > largest[index]:
             raise Damage(f"byte {bits.offset}: coefficient {index} has {size} bits in {bits.place}, more than it can")
-        taken = bits.take(size)
-        return int(taken or "0", 2) - (taken.startswith("0") and (1 << size) - 1)  # F.2.2.1, EXTEND
+        return extend(bits.take(size))
 
     difference = value(0, bits.code(dc))
     last = 0  # index of the last coefficient that is known, in zigzag order

@@ -13,7 +13,7 @@ import numpy as np
 
 from codec import Codec
 from data.prepare import read
-from data.sources import Item, Unusable, find_items
+from data.sources import Unusable, items_at
 from plumbing.command import UserError
 from plumbing.draw import save_pixels
 from plumbing.files import read_json, write_whole
@@ -28,7 +28,7 @@ def read_prompts(source: Path, codec: Codec, to: Path) -> list[np.ndarray]:
     found = []
     for name in ("originals", "roundtrip"):
         (to / name).mkdir()
-    for item in find_items(source) if source.is_dir() else [Item(str(source), 0, -1, source.name)]:
+    for item in items_at(source):
         try:
             for pixels in read(item, codec, Counter()):
                 save_pixels(to / "originals" / f"{len(found):05d}", pixels, codec.fps)

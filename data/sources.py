@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -58,6 +58,11 @@ class Item(NamedTuple):
 
 class Unusable(Exception):
     """A file that cannot become training data; the message is the reason under which it is counted."""
+
+
+def items_at(source: Path) -> Iterable[Item]:
+    """The items below a folder, or the one file."""
+    return find_items(source) if source.is_dir() else [Item(str(source), 0, -1, source.name)]
 
 
 def find_items(folder: Path) -> Iterator[Item]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from codec import load_tokenizer
+from codec import Tokenizer, load_tokenizer
 from data.shapes import BUILT_IN
+from model import ModelConfig
 from plumbing.checkpoint import checkpoints
 from plumbing.command import Flags, UserError, run
 from plumbing.files import read_json, write_whole
@@ -54,11 +55,12 @@ Commit {commit}, {versions}.
 
 def card(out: Path) -> str:
     """The card of a run.  Errors: UserError, unless it has a whole checkpoint and a log."""
-    found, log = checkpoints(out), read_lines(out / "log.jsonl")
+    log = read_lines(out / "log.jsonl")
     bits = [record for record in log if record.get("val_bits_per_file") is not None]
-    if not found or not bits:
+    if not checkpoints(out) or not bits:
         raise UserError(f"{out} is no run that has been evaluated: train it to its first --every, or name another")
-    settings, codec = read_json(out / "config.json"), load_tokenizer(out).codec
+    settings, tokenizer = read_json(out / "config.json"), load_tokenizer(out)
+    codec = tokenizer.codec
     started, last = read_lines(out / "started.jsonl"), bits[-1]
     clip = len(codec.shape) == 4
     shape = "x".join(map(str, codec.shape[-2:-4:-1])) + f", {codec.shape[0]} frames" * clip
@@ -66,18 +68,18 @@ def card(out: Path) -> str:
     best = min(bits, key=lambda record: record["val_bits_per_file"])
     fitting = "It was best on new files at the end, so more training may help."
     if best["step"] < last["step"]:
-        fitting = (
-            f"On new files it was best at step {best['step']:,} ({best['val_bits_per_file']:,.1f} bits): it knows "
-        )
-        fitting += "those it learned from partly by heart."
+        fitting = f"On new files it was best at step {best['step']:,} ({best['val_bits_per_file']:,.1f} bits): "
+        fitting += "it knows those it learned from partly by heart."
     grammar = "Its files are valid because the grammar lets nothing else through; `--free` shows what it knows itself."
     versions = ", ".join(f"{name} {version}" for name, version in started[-1].get("versions", {}).items())
+    config = model_config(settings, out / "config.json")
+    found = facts(tokenizer, config, settings, started, log, last)
     return CARD.format(
         tag="video-generation" if clip else "image-generation",
         name=out.resolve().name,
         what=what,
         grid=f"grids/{last['step']:06d}.{'webp' if clip else 'png'}",
-        facts="\n".join(f"| {name} | {value} |" for name, value in facts(out, settings, log, last).items()),
+        facts="\n".join(f"| {name} | {value} |" for name, value in found.items()),
         fid=distances(out),
         run=out,
         commands="\n    ".join(commands(settings, started)),
@@ -89,9 +91,10 @@ def card(out: Path) -> str:
     )
 
 
-def facts(out: Path, settings: dict, log: list[dict], last: dict) -> dict[str, str]:
+def facts(
+    tokenizer: Tokenizer, config: ModelConfig, settings: dict, started: list[dict], log: list[dict], last: dict
+) -> dict[str, str]:
     """Data, settings, hardware and minutes, and bits."""
-    tokenizer, config = load_tokenizer(out), model_config(settings, out / "config.json")
     step = settings["batch"] * settings["context"]
     speeds = [record["tokens_per_second"] for record in log if record.get("tokens_per_second")]
     memory = max((record.get("memory_gb") or 0 for record in log), default=0)
@@ -115,7 +118,7 @@ def facts(out: Path, settings: dict, log: list[dict], last: dict) -> dict[str, s
     if speeds:
         minutes = last["step"] * step / np.median(speeds) / 60
         found["took"] = f"{minutes:,.1f} minutes at {np.median(speeds):,.0f} tokens/s (median), {memory:.1f} GB, on "
-        machines = [note.get("machine", "a machine that was not noted") for note in read_lines(out / "started.jsonl")]
+        machines = [note.get("machine", "a machine that was not noted") for note in started]
         found["took"] += "; ".join(dict.fromkeys(machines))
     found["bits of a new file"] = "{val_bits_per_file:,.1f}, and {val_bits_per_byte:.3f} a symbol".format(**last)
     if (legal := last.get("val_legal_bits_per_file")) is not None:

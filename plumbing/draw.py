@@ -68,11 +68,15 @@ def draw_curves(
     return image
 
 
-def save_image(path: Path, image: Image.Image) -> None:
-    """Write PATH, a PNG, whole."""
+def png(image: Image.Image) -> bytes:
     data = io.BytesIO()
     image.save(data, "PNG")
-    write_whole(path, data.getvalue())
+    return data.getvalue()
+
+
+def save_image(path: Path, image: Image.Image) -> None:
+    """Write PATH, a PNG, whole."""
+    write_whole(path, png(image))
 
 
 def moving(frames: list[Image.Image], fps: float, hold: int = 0, **how: object) -> bytes:

@@ -13,14 +13,13 @@ import torch
 from PIL import Image, ImageDraw
 
 import jpeg
-from codec import JPEG, Tokenizer
-from grammar import FAR
-from model import Llama
+from codec import JPEG
 from plumbing.checkpoint import read_run
 from plumbing.command import Flags, UserError, run
 from plumbing.draw import save_image
 from sample import Sampling, generate
 from show.hexdump import CELL, COLOURS, FAINT, INK, font, heat, hexdump, legend
+from show.surprise import read_through
 
 EDGE, TINTS, CHOSEN = 18, ((255, 255, 255), (228, 233, 243)), (255, 120, 0)  # of every second MCU; of the one shown
 
@@ -36,9 +35,8 @@ class Spelled(jpeg.Noted):
 
     def take(self, count: int) -> str:
         taken = super().take(count)
-        value = int(taken or "0", 2) - (taken.startswith("0") and (1 << count) - 1)
         if count:
-            self.words.append((taken, self.kind, f"{value:+}"))
+            self.words.append((taken, self.kind, f"{jpeg.extend(taken):+}"))
         return taken
 
     def code(self, table: dict[str, int]) -> int:
@@ -65,9 +63,8 @@ def anatomy(codec: JPEG, symbols: np.ndarray, shown: int = 5) -> Image.Image:
     mcus = outline.units[:, 0]
     backs = np.array(TINTS)[mcus % 2]
     backs[(outline.units == shown).any(1)] = (255, 222, 184)
-    used = [name for number, name in enumerate(codec.kinds) if (outline.kinds == number).any()]
     dump = hexdump(codec, symbols, outline, backs, side // CELL[1])
-    keys = legend(used, dump.width)
+    keys = legend(codec, outline.kinds, dump.width)
     image = Image.new("RGB", (3 * EDGE + side + dump.width, side + 190), "white")
     image.paste(picture, (EDGE, EDGE))
     image.paste(dump, (2 * EDGE + side, EDGE))
@@ -101,18 +98,6 @@ def spell(image: Image.Image, codec: JPEG, symbols: np.ndarray, shown: int, top:
 
 
 # --- what may come next ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def chances(model: Llama, tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Before each symbol of a file: which of all are legal (n, 256), what the model expects (n, 256), and the syntax
-    positions (n, F)."""
-    states = tokenizer.grammar.walk([tokens]).states
-    legal = ~tokenizer.grammar.mask(states[0, : len(tokens) - 2], FAR - 1)
-    syntax = tokenizer.grammar.positions(states[:1]).astype(np.int64)
-    logits = model(torch.from_numpy(tokens[None].astype(np.int64)), torch.from_numpy(syntax))[0, : len(tokens) - 2]
-    logits = logits.float().masked_fill(torch.from_numpy(~legal), -torch.inf)
-    return legal[:, :256], logits.softmax(-1).numpy()[:, :256], syntax[0, : len(tokens) - 2]
 
 
 def grammar(symbols: np.ndarray, legal: np.ndarray, chance: np.ndarray) -> Image.Image:
@@ -184,8 +169,7 @@ def syntax(codec: JPEG, symbols: np.ndarray, positions: np.ndarray, first: int, 
             box = left + i * width, y, left + (i + 1) * width - 2, y + height - 2
             pen.rectangle(box, tuple(back.astype(int).tolist()))
             pen.text((left + (i + 0.5) * width, y + height / 2), told, INK, font(13), anchor="mm")
-    used = [name for number, name in enumerate(codec.kinds) if (outline.kinds[some] == number).any()]
-    image.paste(legend(used, count * width), (left, image.height - 40))
+    image.paste(legend(codec, outline.kinds[some], count * width), (left, image.height - 40))
     return image
 
 
@@ -201,12 +185,13 @@ def main(arguments: list[str] | None = None) -> None:
     model, codec = model.float(), tokenizer.codec
     tokens = generate(model, tokenizer, [np.array([tokenizer.start])], [(flags.seed, 0)], Sampling())[0]
     symbols = tokenizer.decode(tokens)
-    legal, chance, told = chances(model, tokenizer, tokenizer.encode([symbols])[0])
+    logits, illegal, told = read_through(model, tokenizer, tokenizer.encode([symbols])[0])
+    chance, legal = logits.masked_fill(illegal, -torch.inf).softmax(-1).numpy(), ~illegal.numpy()
     flags.to.mkdir(parents=True, exist_ok=True)
     marked = replace(codec, restart=1)  # as the paper has it
     save_image(flags.to / "anatomy.png", anatomy(marked, marked.encode(codec.decode(symbols))))
-    save_image(flags.to / "grammar.png", grammar(symbols, legal, chance))
-    save_image(flags.to / "syntax.png", syntax(codec, symbols, told, len(symbols) // 3))
+    save_image(flags.to / "grammar.png", grammar(symbols, legal[:-1, :256], chance[:-1, :256]))
+    save_image(flags.to / "syntax.png", syntax(codec, symbols, told.numpy(), len(symbols) // 3))
     print(f"{flags.to}: anatomy.png, grammar.png and syntax.png")
 
 

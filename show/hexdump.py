@@ -52,8 +52,9 @@ def counted(symbols: np.ndarray, codec: Codec) -> str:
     return f"{len(symbols):,} {'bytes' if codec.symbols == 256 else 'symbols'}"
 
 
-def legend(names: list[str], width: int) -> Image.Image:
-    """What the colours of bits mean, in as many lines as it takes."""
+def legend(codec: Codec, kinds: np.ndarray, width: int) -> Image.Image:
+    """What the colours of some bits mean, in as many lines as it takes."""
+    names = [name for number, name in enumerate(codec.kinds) if (kinds == number).any()]
     image, left, top = Image.new("RGB", (width, 22 * len(names)), "white"), 0, 0
     pen = ImageDraw.Draw(image)
     for name in names:

@@ -39,7 +39,7 @@ from plumbing.command import UserError
 from plumbing.processes import ANY_LENGTH
 from sample import Dice, Due, Sampling, draw, fitted, grammar_on, read_given
 from show.hexdump import COLOURS
-from show.surprise import part_side
+from show.surprise import over_symbols, part_side
 
 LARGEST_PROMPT = 16 << 20  # bytes of a file that is dropped in
 MOST_WAITING = 256  # visitors
@@ -204,15 +204,18 @@ def lines(draft: Draft, tokenizer: Tokenizer) -> Iterator[dict | None]:
 
     A line adds hexadecimal digits to the file, and symbols, beside each what its bits are and what it cost.
     """
-    codec, shown, file, over = tokenizer.codec, 0, 0, False
+    codec, read, shown, file, over = tokenizer.codec, 0, 0, 0, False
     while not over:
         over, tokens = draft.over, draft.tokens[:]
         if draft.trouble:
             yield {"error": draft.trouble}
             return
-        symbols = tokenizer.decode(np.array(tokens, np.int64))
-        lengths = [len(tokenizer.expansions[token]) for token in tokens if token < tokenizer.start]
-        costs = np.repeat(np.array(draft.costs[: len(lengths)]) / lengths, lengths).tolist()
+        if len(tokens) == read and not over:
+            yield None
+            continue
+        read, symbols = len(tokens), tokenizer.decode(np.array(tokens, np.int64))
+        inside = [token for token in tokens if token < tokenizer.start]  # all but the end
+        costs = over_symbols(tokenizer, inside, draft.costs[: len(inside)]).tolist()
         kinds, units = codec.outline(symbols)
         known = len(symbols) if over else int((kinds >= 0).all(1).cumprod().sum())  # what follows may change those
         data = codec.file(symbols) if over else codec.begun(symbols[:known])
@@ -269,21 +272,20 @@ class Visit(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        if not self.welcome() or urlsplit(self.path).path != "/":
-            return self.refuse(404 if self.welcome() else 403, "nothing is here for you")
+        if self.turned_away("/"):
+            return
         told = json.dumps(self.server.about).replace("<", "\\u003c")
         self.answer(200, PAGE.read_text().replace("{{about}}", told).encode(), "text/html; charset=utf-8")
 
     def do_POST(self) -> None:
-        url = urlsplit(self.path)
-        if not self.welcome() or url.path != "/write":
-            return self.refuse(404 if self.welcome() else 403, "nothing is here for you")
+        if self.turned_away("/write"):
+            return None
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or len(length) > 9 or int(length) > LARGEST_PROMPT:
             return self.refuse(413, f"a file of up to {LARGEST_PROMPT >> 20} MiB is taken, with its length")
         body = self.rfile.read(int(length))
         try:
-            draft = self.draft(dict(parse_qsl(url.query)), body)
+            draft = self.draft(dict(parse_qsl(urlsplit(self.path).query)), body)
             self.server.batch.add(draft)
         except (UserError, ValueError) as error:
             return self.refuse(400, str(error))
@@ -309,6 +311,13 @@ class Visit(BaseHTTPRequestHandler):
         port, origin = self.server.server_address[1], self.headers.get("Origin")
         own = f"localhost:{port}", f"127.0.0.1:{port}"
         return self.headers.get("Host") in own and (origin is None or origin.removeprefix("http://") in own)
+
+    def turned_away(self, path: str) -> bool:
+        """Whether one was refused who is not welcome, or asks for another path."""
+        code = 403 if not self.welcome() else 404 if urlsplit(self.path).path != path else 0
+        if code:
+            self.refuse(code, "nothing is here for you")
+        return bool(code)
 
     def send(self, draft: Draft) -> None:
         """The lines of a draft, in chunks.  Errors: OSError, when the visitor is gone."""

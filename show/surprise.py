@@ -1,10 +1,11 @@
 """Where a model is surprised by files, and how well it would compress them."""
 
+import math
 import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
 from codec import Codec, Outline, Tokenizer
 from data.prepare import read
-from data.sources import Item, Unusable, find_items
+from data.sources import Unusable, items_at
 from grammar import FAR
 from model import Llama
 from plumbing.command import UserError
@@ -46,7 +48,7 @@ class Cost:
     def outline(self) -> Outline:
         return self.codec.outline(self.symbols)
 
-    @property
+    @cached_property
     def units(self) -> np.ndarray:
         """Bits of each part of the picture, in the shape of `Codec.units`."""
         of, bits = self.outline.units, np.repeat(self.each, self.outline.units.shape[1])
@@ -57,22 +59,33 @@ class Cost:
 
 @torch.no_grad()
 @sdpa_kernel(ANY_LENGTH)
-def bits_of(model: Llama, tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bits of each token behind the start (m - 1,), and of these if illegal tokens had no probability.
+def read_through(model: Llama, tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Before each token behind the start: the logits (m - 1, V) of all, which are illegal (m - 1, V), and the syntax
+    positions (m - 1, F).
 
     What is longer than the context is read in pieces of it, which know nothing of those before, as in training.
     """
-    device, context, grammar = model.lm_head.weight.device, model.config.context, tokenizer.grammar
-    states, found = grammar.walk([tokens]).states, []
-    for begin in range(0, len(tokens) - 1, context):
-        inside = slice(begin, min(begin + context, len(tokens) - 1))
-        x, y = (torch.from_numpy(tokens[each].astype(np.int64)) for each in (inside, slice(begin + 1, inside.stop + 1)))
-        syntax = torch.from_numpy(grammar.positions(states[:1, inside]).astype(np.int64))
-        logits = model(x[None].to(device), syntax.to(device))[0].float().cpu()
-        masked = logits.masked_fill(torch.from_numpy(grammar.mask(states[0, inside], FAR - 1)), -torch.inf)
-        found.append(torch.stack([F.cross_entropy(each, y, reduction="none") for each in (logits, masked)]))
-    plain, legal = (torch.cat(found, 1).double() / np.log(2)).numpy()
-    return plain, legal
+    device, grammar = model.lm_head.weight.device, tokenizer.grammar
+    before = grammar.walk([tokens]).states[0, : len(tokens) - 1]
+    syntax = torch.from_numpy(grammar.positions(before).astype(np.int64))
+    x = torch.from_numpy(tokens[:-1].astype(np.int64))
+    pieces = zip(*(each[None].to(device).split(model.config.context, 1) for each in (x, syntax)), strict=True)
+    logits = [model(*piece)[0].float().cpu() for piece in pieces]
+    return torch.cat(logits), torch.from_numpy(grammar.mask(before, FAR - 1)), syntax
+
+
+def bits_of(model: Llama, tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bits of each token behind the start (m - 1,), and of these if illegal tokens had no probability."""
+    logits, illegal, _ = read_through(model, tokenizer, tokens)
+    y, masked = torch.from_numpy(tokens[1:].astype(np.int64)), logits.masked_fill(illegal, -torch.inf)
+    plain, legal = (F.cross_entropy(each, y, reduction="none").double() / math.log(2) for each in (logits, masked))
+    return plain.numpy(), legal.numpy()
+
+
+def over_symbols(tokenizer: Tokenizer, tokens: Sequence[int], bits: Sequence[float]) -> np.ndarray:
+    """The bits of tokens shared between the symbols that each stands for."""
+    lengths = np.array([len(tokenizer.expansions[token]) for token in tokens], int)
+    return np.repeat(np.array(bits) / lengths, lengths)
 
 
 def cost_of(model: Llama, tokenizer: Tokenizer, name: str, pixels: np.ndarray) -> Cost:
@@ -80,16 +93,13 @@ def cost_of(model: Llama, tokenizer: Tokenizer, name: str, pixels: np.ndarray) -
     symbols = tokenizer.codec.encode(pixels)
     tokens = tokenizer.encode([symbols])[0]
     plain, legal = bits_of(model, tokenizer, tokens)
-    lengths = np.array([len(tokenizer.expansions[token]) for token in tokens[1:-1]], int)
-    each = np.repeat(plain[:-1] / lengths, lengths)
+    each = over_symbols(tokenizer, tokens[1:-1], plain[:-1])
     return Cost(name, tokenizer.codec, tokenizer.codec.decode(symbols), symbols, each, plain.sum(), legal.sum())
 
 
 def costs(model: Llama, tokenizer: Tokenizer, sources: list[Path]) -> Iterator[Cost]:
     """Of all usable files, and of those below folders.  Errors: UserError if there are none."""
-    items, count = [], 0
-    for source in sources:
-        items += find_items(source) if source.is_dir() else [Item(str(source), 0, -1, source.name)]
+    items, count = [item for source in sources for item in items_at(source)], 0
     for item in tqdm(items, "read", unit=" files", disable=None):
         try:
             for pixels in read(item, tokenizer.codec, Counter()):
@@ -133,10 +143,9 @@ def sheet(cost: Cost) -> Image.Image:
     side = SIDE if len(chosen) == 1 else 150
     pairs = [(enlarged(frames[at], side), heated(frames[at], units[at], units.max(), side)) for at in chosen]
     width, height = pairs[0][0].size
-    used = [name for number, name in enumerate(cost.codec.kinds) if (cost.outline.kinds == number).any()]
     lines, columns = (max(6, height // CELL[1]), COLUMNS) if len(chosen) == 1 else (12, 2 * COLUMNS)
     dump = hexdump(cost.codec, cost.symbols, cost.outline, heat(cost.each, cost.each.max()), lines, columns)
-    keys = legend(used, dump.width)
+    keys = legend(cost.codec, cost.outline.kinds, dump.width)
     captions = [
         f"frame {at}: {units[at].sum():,.0f} bits" if len(frames) > 1 else f"{units[at].sum():,.0f} bits"
         for at in chosen

@@ -10,7 +10,6 @@ is which is told after the last vote, with counts, the 95% interval of Wilson, a
 
 import base64
 import hashlib
-import io
 import json
 import re
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from plumbing.command import Flags, UserError
+from plumbing.draw import png
 from plumbing.files import write_whole
 from studies.contest import CONTENDERS, REFERENCE, SETTINGS, Comparison, Study, numbered, opened
 from studies.steps import table_of
@@ -66,9 +66,7 @@ def by_number(folder: Path) -> dict[int, Path]:
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png(Image.fromarray(pixels))).decode()}"
 
 
 def page(out: Path, models: list[str] | None, keep: float, pairs: int, seed: int) -> bytes:

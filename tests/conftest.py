@@ -17,7 +17,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from codec import JPEG
+from codec import JPEG, Codec
 from data.prepare import prepare
 from data.shapes import draw
 from model import Llama
@@ -68,6 +68,13 @@ RUN = """
 
 def config(data: Path, out: Path, *more: str) -> Config:
     return parse(["--data", str(data), "--out", str(out), *RUN, *more])[0]
+
+
+def short_run(source: Path, folder: Path, codec: Codec, vocab: int | None, validation: float, *more: str) -> Path:
+    """A run of two steps on the files of a folder."""
+    prepare(source, folder / "data", codec, vocab=vocab, validation=validation, workers=1)
+    train(config(folder / "data", folder / "run", "--steps", "2", "--every", "2", *more))
+    return folder / "run"
 
 
 def fresh(settings: Config) -> Llama:

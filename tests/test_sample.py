@@ -13,25 +13,19 @@ from PIL import Image
 import sample
 from codec import JPEG, Pixels, load_tokenizer
 from data.pairs import learn_pairs
-from data.prepare import prepare
 from data.shapes import draw, move
 from h264 import H264
 from model import Llama, ModelConfig
 from plumbing.command import UserError
 from plumbing.replay import Replay
 from sample import Sampling, generate
-from tests.conftest import ROOT, RUN, command
-from train import parse, train
+from tests.conftest import ROOT, command, short_run
 
 
 @pytest.fixture(scope="module")
 def run(photos, tmp_path_factory) -> Path:
     """A model of pictures of 4x4 pixels, which writes one in no time."""
-    folder = tmp_path_factory.mktemp("pixels")
-    prepare(photos, folder / "data", Pixels(size=4, colours=8), vocab=None, validation=0.1, workers=1)
-    flags = [*RUN, "--context", "20", "--steps", "2", "--every", "2"]
-    train(parse(["--data", str(folder / "data"), "--out", str(folder / "run"), *flags])[0])
-    return folder / "run"
+    return short_run(photos, tmp_path_factory.mktemp("pixels"), Pixels(size=4, colours=8), None, 0.1, "--context", "20")
 
 
 @pytest.fixture

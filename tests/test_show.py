@@ -22,7 +22,6 @@ from PIL import Image
 import jpeg
 import sample
 from codec import JPEG, Pixels, standard_codes
-from data.prepare import prepare
 from data.shapes import draw, move
 from data.stream import Stream
 from grammar import Illegal
@@ -33,8 +32,8 @@ from plumbing.command import UserError
 from sample import Sampling
 from show.server import Batch, Draft, Server, serve
 from show.surprise import bits_of, coded, costs, heated, part_side, recompressed, save_bits
-from tests.conftest import ROOT, RUN, config
-from train import Config, evaluate, parse, train
+from tests.conftest import ROOT, config, short_run
+from train import Config, evaluate
 
 CPU = torch.device("cpu")
 
@@ -140,9 +139,8 @@ def clips(tmp_path_factory) -> Path:
         path = folder / "films" / f"{i}.webp"
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=333, lossless=True)
     codec = H264(width=32, height=32, frames=3)
-    prepare(folder / "films", folder / "data", codec, vocab=300, validation=0.2, workers=1)
-    flags = [*RUN, "--context", "512", "--steps", "2", "--every", "2", "--samples", "1", "--syntax"]
-    train(parse(["--data", str(folder / "data"), "--out", str(folder / "run"), *flags])[0])
+    flags = ["--context", "512", "--samples", "1", "--syntax"]
+    short_run(folder / "films", folder, codec, 300, 0.2, *flags)
     return folder
 
 
@@ -362,11 +360,7 @@ def test_ctrl_c_ends_it_in_order_while_it_writes(finished, number):
 
 @pytest.fixture(scope="module")
 def pixels(photos, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pixels")
-    prepare(photos, folder / "data", Pixels(size=8, colours=8), vocab=None, validation=0.1, workers=1)
-    flags = [*RUN, "--context", "80", "--steps", "2", "--every", "2"]
-    train(parse(["--data", str(folder / "data"), "--out", str(folder / "run"), *flags])[0])
-    return folder / "run"
+    return short_run(photos, tmp_path_factory.mktemp("pixels"), Pixels(size=8, colours=8), None, 0.1, "--context", "80")
 
 
 def test_the_page_paints_the_file_in_a_browser(finished, pixels, clips, photos, browser):
